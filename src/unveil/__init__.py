@@ -1,0 +1,3 @@
+"""unveil: policy optimisation of diffusion models."""
+
+__version__ = "0.1.0"

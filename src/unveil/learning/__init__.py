@@ -1,0 +1,1 @@
+"""Advantages, likelihoods, objectives, regularisers, selectors: pure functions of Trajectory and networks."""

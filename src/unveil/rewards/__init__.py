@@ -1,0 +1,1 @@
+"""Verifiers and scorers of finished and intermediate guesses."""

@@ -1,0 +1,1 @@
+"""The denoising loop and its plug-ins: decoding rules, schedules, token sampling. Makes Trajectories."""

@@ -1,0 +1,1 @@
+"""One file per paper: only what is that paper's own, then its composition of shared parts."""

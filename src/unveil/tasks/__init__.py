@@ -1,0 +1,1 @@
+"""Data, prompt, verifier and metrics in one object."""

@@ -1,0 +1,1 @@
+"""The loop, distribution, checkpoints, logging, policy snapshots."""
