@@ -1,0 +1,68 @@
+"""What every masked-token denoiser declares and does.
+
+The normal form: ``features(ids, valid)[b, i]`` is what predicts the token AT position i. Networks that predict position
+i + 1 from position i (Dream, converted autoregressive models) shift inside their adapter, so nothing above ever asks.
+Features and head are apart because a vocabulary of 126k makes logits the memory hog: callers put the head only on the
+positions that they read.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from unveil.denoisers.tokenizer import TextTokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiserSpec:
+    """What a sampler, likelihood or task needs to know of a denoiser."""
+
+    vocab_size: int
+    mask_id: int
+    pad_id: int
+    end_ids: tuple[int, ...]
+    """Tokens that end a response; everything after the first one is not text."""
+    forbidden_ids: tuple[int, ...]
+    """Tokens that are never produced; always holds the mask id."""
+    context_length: int
+    """The longest canvas (prompt + response)."""
+    logit_shift: int = 0
+    """1 for networks whose head at position i predicts position i + 1; already undone by `features`."""
+    time_conditioned: bool = False
+
+
+class MaskedDenoiser(nn.Module):
+    """A network that answers with logits of x_0 at every position of a partly masked canvas."""
+
+    spec: DenoiserSpec
+    tokenizer: TextTokenizer
+
+    @abstractmethod
+    def features(self, ids: Tensor, valid: Tensor) -> Tensor:
+        """Aligned features (B, L, D) of the canvas ``ids`` (B, L); padding where ``valid`` (B, L) is False.
+
+        Padding never changes the features of valid positions: a padded batch equals single calls to 1e-5.
+        """
+
+    @abstractmethod
+    def head(self, features: Tensor) -> Tensor:
+        """Logits (..., V) of features (..., D), with -inf at the forbidden ids."""
+
+    @abstractmethod
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json, model.safetensors and tokenizer.json."""
+
+    def forward(self, ids: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Logits (B, L, V) at every position. For tests and small models: it holds the whole vocabulary."""
+        if valid is None:
+            valid = torch.ones_like(ids, dtype=torch.bool)
+        return self.head(self.features(ids, valid))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device

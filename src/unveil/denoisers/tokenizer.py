@@ -1,0 +1,78 @@
+"""Text to ids and back, on the ``tokenizers`` library (the same tokenizer.json that transformers opens)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from unveil.registry import UserError
+
+MASK, PAD, END, UNKNOWN = "<mask>", "<pad>", "<end>", "<unk>"
+
+
+class TextTokenizer:
+    """A thin, picklable face of one ``tokenizers.Tokenizer``."""
+
+    def __init__(self, backend: Tokenizer) -> None:
+        self.backend = backend
+        self.backend.encode_special_tokens = True
+        added = backend.get_added_tokens_decoder()
+        self._special = {index for index, token in added.items() if token.special}
+
+    @classmethod
+    def of_words(cls, words: Sequence[str]) -> TextTokenizer:
+        """A whitespace tokenizer with one id per word; ids 0-3 are <mask>, <pad>, <end>, <unk>."""
+        vocabulary = {word: index for index, word in enumerate((MASK, PAD, END, UNKNOWN, *words))}
+        if len(vocabulary) != len(words) + 4:
+            raise ValueError("words must be different from one another and from the four special tokens")
+        backend = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        backend.add_special_tokens([MASK, PAD, END, UNKNOWN])
+        return cls(backend)
+
+    @classmethod
+    def load(cls, path: Path) -> TextTokenizer:
+        """Read tokenizer.json.
+
+        Raises:
+            UserError: the file is missing or is not a tokenizer.
+        """
+        if not path.is_file():
+            raise UserError(f"{path}: no such file (a model folder holds config.json, model.safetensors, tokenizer.json)")
+        try:
+            return cls(Tokenizer.from_file(str(path)))
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"{path}: not a tokenizer file: {error}") from error
+
+    def save(self, path: Path) -> None:
+        self.backend.save(str(path))
+
+    def __len__(self) -> int:
+        return self.backend.get_vocab_size()
+
+    def id(self, token: str) -> int:
+        found = self.backend.token_to_id(token)
+        if found is None:
+            raise KeyError(token)
+        return found
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text. Special tokens written inside the text never become controls: a prompt that says
+        <mask> must not open a hole in the canvas. Sub-word tokenizers spell them out; a word tokenizer, which knows
+        them only as whole words, reads them as unknown."""
+        ids = self.backend.encode(text, add_special_tokens=False).ids
+        unknown = self.backend.token_to_id(UNKNOWN)
+        return [unknown if index in self._special else index for index in ids]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids without special tokens."""
+        return self.backend.decode(list(ids), skip_special_tokens=True)
+
+    def decode_batch(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        return self.backend.decode_batch([list(row) for row in rows], skip_special_tokens=True)
+
+    def tokens(self, ids: Sequence[int]) -> list[str]:
+        """The written form of every single id, for display."""
+        return [self.backend.id_to_token(int(index)) or f"#{int(index)}" for index in ids]

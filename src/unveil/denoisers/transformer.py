@@ -1,0 +1,206 @@
+"""A compact bidirectional transformer over tokens: RoPE, RMSNorm, gated MLP, SDPA with a real padding mask."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from unveil.denoisers.base import DenoiserSpec, MaskedDenoiser
+from unveil.denoisers.tokenizer import END, MASK, PAD, UNKNOWN, TextTokenizer
+from unveil.registry import UserError
+
+MODEL_TYPE = "unveil-transformer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """Shape of a `TransformerDenoiser`; the vocabulary comes from the tokenizer."""
+
+    dim: int = 128
+    layers: int = 4
+    heads: int = 4
+    hidden: int = 256
+    context_length: int = 64
+    rope_base: float = 1000.0
+
+    def __post_init__(self) -> None:
+        for key, value in dataclasses.asdict(self).items():
+            if value <= 0:
+                raise UserError(f"{key}: should be greater than 0, got {value}")
+        if self.dim % self.heads or (self.dim // self.heads) % 2:
+            raise UserError(f"heads: {self.heads} must divide dim={self.dim} into even head sizes")
+
+
+class Block(nn.Module):
+    """Pre-norm attention and gated MLP, each with a residual."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        dim, hidden = config.dim, config.hidden
+        self.heads = config.heads
+        self.attention_norm = nn.RMSNorm(dim, eps=1e-6)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.attention_out = nn.Linear(dim, dim, bias=False)
+        self.mlp_norm = nn.RMSNorm(dim, eps=1e-6)
+        self.gate_up = nn.Linear(dim, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], attendable: Tensor | None) -> Tensor:
+        """x (B, L, D); rotation = (cos, sin) each (B or 1, 1, L, head_dim); attendable (B, 1, 1, L) or None."""
+        batch, length, dim = x.shape
+        qkv = self.qkv(self.attention_norm(x)).view(batch, length, 3, self.heads, dim // self.heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        query, key = _rotate(query, rotation), _rotate(key, rotation)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attendable)
+        x = x + self.attention_out(mixed.transpose(1, 2).reshape(batch, length, dim))
+        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
+        return x + self.down(F.silu(gate) * up)
+
+
+class TransformerDenoiser(MaskedDenoiser):
+    """The embedded masked-token denoiser."""
+
+    def __init__(self, config: TransformerConfig, tokenizer: TextTokenizer) -> None:
+        super().__init__()
+        self.config, self.tokenizer = config, tokenizer
+        mask, pad, end = (tokenizer.id(token) for token in (MASK, PAD, END))
+        self.spec = DenoiserSpec(
+            vocab_size=len(tokenizer),
+            mask_id=mask,
+            pad_id=pad,
+            end_ids=(end,),
+            forbidden_ids=(mask, pad, tokenizer.id(UNKNOWN)),
+            context_length=config.context_length,
+        )
+        self.embedding = nn.Embedding(len(tokenizer), config.dim)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.dim, eps=1e-6)
+        self.unembedding = nn.Linear(config.dim, len(tokenizer), bias=False)
+        cos, sin = _rope_table(config)
+        self.register_buffer("rope_cos", cos, persistent=False)
+        self.register_buffer("rope_sin", sin, persistent=False)
+        bias = torch.zeros(len(tokenizer))
+        bias[list(self.spec.forbidden_ids)] = -torch.inf
+        self.register_buffer("forbidden_bias", bias, persistent=False)
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """Draw all weights: normal with std 0.02, residual outputs scaled down by sqrt(2 layers), norms at one."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() < 2:
+                nn.init.ones_(parameter)
+                continue
+            std = 0.02
+            if name.endswith(("attention_out.weight", "down.weight")):
+                std /= (2 * self.config.layers) ** 0.5
+            nn.init.normal_(parameter, std=std, generator=generator)
+
+    def features(self, ids: Tensor, valid: Tensor) -> Tensor:
+        length = ids.shape[1]
+        if length > self.config.context_length:
+            raise UserError(f"the canvas has {length} tokens, the model's context_length is {self.config.context_length}")
+        if bool(valid.all()):
+            cos, sin = self.rope_cos[None, None, :length], self.rope_sin[None, None, :length]
+            attendable = None
+        else:
+            position = (valid.cumsum(1) - 1).clamp(min=0)
+            cos, sin = self.rope_cos[position][:, None], self.rope_sin[position][:, None]
+            # A row without any valid key would make softmax 0/0; its outputs are never read, so let it see itself.
+            attendable = (valid | ~valid.any(1, keepdim=True))[:, None, None, :]
+        x = self.embedding(ids)
+        for block in self.blocks:
+            x = block(x, (cos, sin), attendable)
+        return self.norm(x)
+
+    def head(self, features: Tensor) -> Tensor:
+        return self.unembedding(features) + self.forbidden_bias
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"model_type": MODEL_TYPE, **dataclasses.asdict(self.config)}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        save_file(state, folder / "model.safetensors")
+        self.tokenizer.save(folder / "tokenizer.json")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> TransformerDenoiser:
+        """Read a folder written by `save_pretrained`.
+
+        Raises:
+            UserError: a file is missing or broken, or the weights are of another architecture.
+        """
+        folder = Path(folder)
+        settings = read_config(folder)
+        settings.pop("model_type", None)
+        allowed = {field.name for field in dataclasses.fields(TransformerConfig)}
+        if unknown := sorted(set(settings) - allowed):
+            raise UserError(f"{folder / 'config.json'}: unknown key {unknown[0]!r} (allowed: {', '.join(sorted(allowed))})")
+        denoiser = cls(TransformerConfig(**settings), TextTokenizer.load(folder / "tokenizer.json"))
+        load_weights(denoiser, folder / "model.safetensors")
+        return denoiser
+
+
+def read_config(folder: Path) -> dict:
+    """config.json of a model folder.
+
+    Raises:
+        UserError: the folder or file is missing, or is not a JSON object.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file (a model folder holds config.json, model.safetensors, tokenizer.json)")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: should hold a JSON object, got {type(config).__name__}")
+    return config
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Load a safetensors file into ``module``, every key and shape matching.
+
+    Raises:
+        UserError: the file is missing, truncated, or of another architecture (the first difference is named).
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        loaded = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file: {error}") from error
+    own = module.state_dict()
+    for name in sorted(own.keys() | loaded.keys()):
+        if name not in loaded:
+            raise UserError(f"{path}: a checkpoint of another architecture: it lacks {name!r}")
+        if name not in own:
+            raise UserError(f"{path}: a checkpoint of another architecture: it has {name!r}, the model does not")
+        if own[name].shape != loaded[name].shape:
+            got, wanted = tuple(loaded[name].shape), tuple(own[name].shape)
+            raise UserError(f"{path}: a checkpoint of another architecture: {name!r} is {got}, the model has {wanted}")
+    module.load_state_dict(loaded)
+
+
+def _rope_table(config: TransformerConfig) -> tuple[Tensor, Tensor]:
+    head_dim = config.dim // config.heads
+    frequency = config.rope_base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angle = torch.arange(config.context_length, dtype=torch.float64)[:, None] * frequency
+    angle = torch.cat([angle, angle], dim=-1)
+    return angle.cos().float(), angle.sin().float()
+
+
+def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary position embedding of x (B, heads, L, head_dim), halves convention."""
+    cos, sin = rotation
+    left, right = x.chunk(2, dim=-1)
+    return x * cos.to(x.dtype) + torch.cat([-right, left], dim=-1) * sin.to(x.dtype)

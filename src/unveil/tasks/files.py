@@ -1,0 +1,103 @@
+"""Readers of data files. Whatever is wrong with a file is a `UserError` with path and line number."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from unveil.registry import UserError
+from unveil.tasks.base import Split
+
+Row = TypeVar("Row")
+
+
+def read_json_lines(path: str | Path, required_keys: Sequence[str]) -> list[tuple[int, dict[str, Any]]]:
+    """Line number (from 1) and object of every line of a JSON-lines file.
+
+    Raises:
+        UserError: the file is missing, empty or not UTF-8; a line is blank (but at the end), broken JSON or no object;
+            a required key is missing or its value is not a string.
+    """
+    rows = []
+    for number, line in enumerate(_read_lines(path), start=1):
+        if not line.strip():
+            raise UserError(f"{path}:{number}: blank line (allowed only at the end of the file)")
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}:{number}: not valid JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{number}: expected a JSON object, got {_short(line.strip())}")
+        for key in required_keys:
+            if key not in row:
+                raise UserError(f"{path}:{number}: key {key!r} is missing (required: {', '.join(required_keys)})")
+            if not isinstance(row[key], str):
+                raise UserError(f"{path}:{number}: {key!r} must be a string, got {_short(json.dumps(row[key]))}")
+        rows.append((number, row))
+    return rows
+
+
+def read_csv(path: str | Path, required_columns: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
+    """Line number (from 1, the header's) and fields by column name of every row of a CSV file with a header.
+
+    Raises:
+        UserError: the file is missing, empty or not UTF-8; it has a header only; a column is missing; a row is blank
+            (but at the end), has broken quotes or another number of fields than the header.
+    """
+    reader = csv.reader((line + "\n" for line in _read_lines(path)), strict=True)
+    rows = []
+    try:
+        header = next(reader)
+        for column in required_columns:
+            if column not in header:
+                raise UserError(f"{path}:1: column {column!r} is missing (required: {', '.join(required_columns)})")
+        for fields in reader:
+            if not "".join(fields).strip():
+                raise UserError(f"{path}:{reader.line_num}: blank line (allowed only at the end of the file)")
+            if len(fields) != len(header):
+                raise UserError(f"{path}:{reader.line_num}: {len(fields)} fields, the header has {len(header)}")
+            rows.append((reader.line_num, dict(zip(header, fields, strict=True))))
+    except csv.Error as error:
+        raise UserError(f"{path}:{reader.line_num}: not valid CSV: {error}") from error
+    if not rows:
+        raise UserError(f"{path}: no rows below the header")
+    return rows
+
+
+def choose_rows(rows: Sequence[Row], split: Split, count: int, seed: int, path: str | Path) -> list[Row]:
+    """``count`` rows of a data file: a random choice seeded by ``seed`` for train, the first ones for test.
+
+    Raises:
+        UserError: there are fewer rows.
+    """
+    if count > len(rows):
+        raise UserError(f"{path}: holds {len(rows)} different {split} problems, {count} were asked for")
+    if split == "test":
+        return list(rows[:count])
+    return random.Random(f"rows/{seed}").sample(rows, count)
+
+
+def _read_lines(path: str | Path) -> list[str]:
+    try:
+        raw = Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    lines = []
+    for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").rstrip().split(b"\n"), start=1):
+        try:
+            lines.append(line.removesuffix(b"\r").decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}:{number}: not UTF-8 text: {error.reason}") from error
+    if lines == [""]:
+        raise UserError(f"{path}: the file is empty")
+    return lines
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 40 else text[:40] + "..."
