@@ -13,10 +13,10 @@ _BOOLEAN_HINT = " (YAML reads yes, no, on and off as truth values unless they ar
 
 
 def check(annotation: Any, data: Any, path: str, problems: list[str]) -> Any:
-    """``data`` as a value of ``annotation``; after a problem None, and one line ``path: what, got value`` per problem.
+    """``data`` as a value of ``annotation``; or None, and one line ``path: what, got value`` for each problem.
 
-    Pydantic's conversions are limited: numbers in strings (``"5e-4"``) become floats but not integers, 3.0 may be an
-    integer, truth values are no numbers and the reverse, nan and inf are refused.
+    Pydantic's conversions are limited: numbers in strings (``"5e-4"``) become floats but not integers, 3.0 may be
+    an integer, truth values are no numbers nor the reverse, nan and inf are refused.
     """
     try:
         return TypeAdapter(_strict(annotation)).validate_python(data)
@@ -48,7 +48,9 @@ def short(value: Any) -> str:
 
 def _path_of(issue: ErrorDetails, data: Any, path: str) -> str:
     for part in issue["loc"]:
-        inside = range(len(data)) if isinstance(data, list | tuple) else data if isinstance(data, Mapping) else ()
+        inside = (
+            range(len(data)) if isinstance(data, list | tuple) else data if isinstance(data, Mapping) else ()
+        )
         if part in inside:
             data, path = data[part], join(path, part)
         # What does not lead into the data names the member of a union.
@@ -67,14 +69,15 @@ def _number(value: Any) -> Any:
 
 
 def _exact(options: tuple[Any, ...]) -> Callable[[Any], Any]:
-    def not_equal_by_accident(value: Any) -> Any:
-        # True == 1 and 1.0 == 1, so pydantic would take one for the other.
-        if isinstance(value, bool | int) and not any(type(o) is type(value) and o == value for o in options):
-            if any(o == value for o in options):
-                raise ValueError(f"should be {' or '.join(map(repr, options))}")
+    """A check for Literals: True == 1, so that pydantic takes one for the other."""
+
+    def check_kind(value: Any) -> Any:
+        equal = [option for option in options if option == value]
+        if equal and isinstance(value, bool) not in {isinstance(option, bool) for option in equal}:
+            raise ValueError(f"should be {' or '.join(map(repr, options))}")
         return value
 
-    return not_equal_by_accident
+    return check_kind
 
 
 _FLOAT: Any = Annotated[float, Strict(), AllowInfNan(False)]

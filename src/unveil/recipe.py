@@ -1,26 +1,24 @@
 """Recipes: YAML and dotted overrides in, checked plain dataclasses out, and back again.
 
-    data = load("mdpo.yaml", ["optim.lr=3e-4", "rollout.sampler.rule=rcr"])    # plain dictionaries
-    recipe = build(Train, data)                                                # a dataclass, or one line per mistake
-    Path("recipe.yaml").write_text(to_yaml(recipe))                            # build(Train, load(...)) == recipe
+    data = load("mdpo.yaml", ["optim.lr=3e-4", "rollout.sampler.rule=rcr"])  # plain dictionaries
+    recipe = build(Train, data)                                              # a dataclass, or all mistakes
+    Path("recipe.yaml").write_text(to_yaml(recipe))                          # build(Train, load(...)) == recipe
 
-A plug-in is written as a mapping with its ``name`` and its fields (``{name: rcr, steps: 8}``), or as the bare name.
-``name`` is therefore reserved: no dataclass of a recipe may have a field of that name, and a mapping that has the key is
-taken for a plug-in. Changing a plug-in's name drops the fields that were meant for the other one.
+A plug-in is written as a mapping with its ``name`` and its fields (``{name: rcr, steps: 8}``), or as the bare
+name. ``name`` is therefore reserved: no dataclass of a recipe may have a field of that name, and a mapping with
+that key is taken for a plug-in. Changing a plug-in's name drops the fields that were meant for the other one.
 """
 
 from __future__ import annotations
 
-import ast
 import copy
 import dataclasses
 import inspect
-import json
 import re
-import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING
 from enum import Enum
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -32,32 +30,14 @@ from unveil.checking import check, join, short
 from unveil.registry import Plugin, UserError, did_you_mean, lookup, names
 
 T = TypeVar("T")
-_MISSING = dataclasses.MISSING
 
 
 class RecipeError(UserError):
-    """A recipe that does not fit its dataclass: one line per problem, each with the dotted path of the key."""
+    """A recipe does not fit its dataclass: one line per problem, each with the dotted path of the key."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = list(problems)
         super().__init__("\n".join(problems))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Key:
-    """One key of a recipe, for help.
-
-    Attributes:
-        path: dotted path, as in an override.
-        type: the accepted values in words, e.g. ``float > 0`` or ``lcr | rcr`` (the short names of a plug-in).
-        default: the value in JSON notation (a plug-in's name; the length of a list of parts), None if required.
-        doc: docstring of the field, "" without one.
-    """
-
-    path: str
-    type: str
-    default: str | None
-    doc: str
 
 
 def load(source: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -89,9 +69,9 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 def merge(base: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """A copy of ``base`` with overrides such as ``optim.lr=3e-4`` or ``tasks.0.weight=2``; values are YAML.
 
-    A mapping given as value replaces the old one. Setting ``rule.name``, or ``rule`` to a string, empties the plug-in
-    unless the name stays the same. Outer keys come before inner ones, whatever the order of ``overrides``; of two equal
-    keys the last wins.
+    A mapping given as value replaces the old one. Setting ``rule.name``, or ``rule`` to a string, drops the fields of
+    the plug-in unless the name stays the same. Outer keys come before inner ones, whatever the order of
+    ``overrides``; of two equal keys the last wins. Interpolations stay as they are (`load` resolves them).
 
     Raises:
         UserError: an override is malformed, leads through a number or truth value, or past the end of a list.
@@ -111,8 +91,8 @@ def merge(base: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
 def build(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
     """An instance of the dataclass (or plug-in family) ``cls`` with the values of ``data``.
 
-    Missing keys take their default; a part that is given in part keeps the other values of its default. Numbers may be
-    strings (``"5e-4"``) where a float is wanted; truth values are no numbers; nan and inf are refused.
+    Missing keys take their default; where a default is itself a dataclass or plug-in, keys given for it replace
+    only those values (unless they name another plug-in). Values are checked by `unveil.checking.check`.
 
     Args:
         where: dotted path of ``data`` in the recipe, for messages.
@@ -130,26 +110,17 @@ def build(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
 def dump(obj: Any) -> dict[str, Any]:
     """Plain data of a dataclass, the inverse of `build`: ``build(cls, dump(obj)) == obj``.
 
-    A plug-in of this package is written with its short name, any other as ``package.module:Class``, because its short
-    name is known only once its module has been imported.
+    A plug-in of this package is written with its short name, any other as ``package.module:Class``, because the
+    short name is unknown until its module has been imported.
     """
     if not dataclasses.is_dataclass(obj) or isinstance(obj, type):
         raise TypeError(f"not a dataclass instance: {obj!r}")
-    return _plain(obj)
+    return plain(obj)
 
 
 def to_yaml(obj: Any) -> str:
     """`dump` as YAML in field order; `load` gives the same data back."""
     return OmegaConf.to_yaml(OmegaConf.create(_escaped(dump(obj))), sort_keys=False)
-
-
-def describe(cls: type, value: Any = None) -> list[Key]:
-    """All keys of a recipe class, in field order.
-
-    Args:
-        value: a recipe, whose values and plug-ins are shown instead of the defaults of ``cls``.
-    """
-    return list(_keys(cls, value, ""))
 
 
 # ---- reading
@@ -184,7 +155,9 @@ def _assign(root: dict[str, Any], path: list[str], value: Any) -> None:
         if isinstance(child, str) and "${" not in child:
             child = {"name": child}
         elif child is not None and not isinstance(child, dict | list):
-            raise UserError(f"{'.'.join(path)} cannot be set: {'.'.join(path[: depth + 1])} is {short(child)}")
+            raise UserError(
+                f"{'.'.join(path)} cannot be set: {'.'.join(path[: depth + 1])} is {short(child)}"
+            )
         node[key] = {} if child is None else child
         node = node[key]
     key = _key_in(node, path[-1], path, len(path) - 1)
@@ -203,7 +176,9 @@ def _key_in(node: Any, part: str, path: list[str], depth: int) -> Any:
     if part.isdecimal() and int(part) < len(node):
         return int(part)
     where = ".".join(path[:depth])
-    raise UserError(f"{'.'.join(path)} cannot be set: {where} is a list with {len(node)} entries (0 is the first)")
+    raise UserError(
+        f"{'.'.join(path)} cannot be set: {where} is a list with {len(node)} entries (0 is the first)"
+    )
 
 
 # ---- building
@@ -234,10 +209,10 @@ def _object(cls: Any, data: Any, where: str, problems: list[str], fallback: Any 
     values = {}
     for name, field in fields.items():
         path = join(where, name)
-        default = getattr(fallback, name) if type(fallback) is cls else _default(field)
+        default = getattr(fallback, name) if type(fallback) is cls else default_of(field)
         if name in data:
             values[name] = _value(hints[name], data[name], path, problems, default)
-        elif default is _MISSING:
+        elif default is MISSING:
             problems.append(f"{path}: required, but missing")
         else:
             values[name] = default
@@ -250,15 +225,17 @@ def _object(cls: Any, data: Any, where: str, problems: list[str], fallback: Any 
         return None
 
 
-def _chosen(family: type[Plugin], data: Mapping[str, Any], where: str, problems: list[str], fallback: Any) -> Any:
+def _chosen(
+    family: type[Plugin], data: Mapping[str, Any], where: str, problems: list[str], fallback: Any
+) -> Any:
     """The class that ``data`` names; None after a problem."""
-    name = data.get("name", _MISSING)
+    name = data.get("name", MISSING)
     found: type[Plugin] | None = None
-    if name is _MISSING and isinstance(fallback, family):
+    if name is MISSING and isinstance(fallback, family):
         return type(fallback)
-    if name is _MISSING and family.name:
+    if name is MISSING and family.name:
         return family
-    if name is _MISSING:
+    if name is MISSING:
         problem = f"required, but missing (allowed: {', '.join(names(family))})"
     elif not isinstance(name, str):
         problem = f"should be a string, got {short(name)}"
@@ -270,7 +247,11 @@ def _chosen(family: type[Plugin], data: Mapping[str, Any], where: str, problems:
         else:
             if not issubclass(found, family):
                 problem = f"{name!r} is not a {family.__name__}"
-            elif "family" in vars(found) or "__dataclass_fields__" not in vars(found) or inspect.isabstract(found):
+            elif (
+                "family" in vars(found)
+                or "__dataclass_fields__" not in vars(found)
+                or inspect.isabstract(found)
+            ):
                 problem = f"{name!r} cannot be used: it should be a @dataclass without abstract methods"
             else:
                 return found
@@ -278,9 +259,9 @@ def _chosen(family: type[Plugin], data: Mapping[str, Any], where: str, problems:
     return None
 
 
-def _value(annotation: Any, data: Any, path: str, problems: list[str], default: Any = _MISSING) -> Any:
+def _value(annotation: Any, data: Any, path: str, problems: list[str], default: Any = MISSING) -> Any:
     origin, args = get_origin(annotation), get_args(annotation)
-    if not _has_parts(annotation):
+    if not has_parts(annotation):
         return check(annotation, data, path, problems)
     if origin is Annotated:
         before = len(problems)
@@ -302,39 +283,39 @@ def _value(annotation: Any, data: Any, path: str, problems: list[str], default: 
         }
     if origin is not None:
         raise TypeError(f"{path}: parts can be X, X | None, list[X] or dict[str, X], not {annotation}")
-    return _object(annotation, data, path, problems, None if default is _MISSING else default)
+    return _object(annotation, data, path, problems, None if default is MISSING else default)
 
 
-def _has_parts(annotation: Any) -> bool:
+def has_parts(annotation: Any) -> bool:
     """Whether dataclasses or plug-ins are inside."""
     if isinstance(annotation, type) and get_origin(annotation) is None:
         return issubclass(annotation, Plugin) or dataclasses.is_dataclass(annotation)
-    return get_origin(annotation) is not Literal and any(map(_has_parts, get_args(annotation)))
+    return get_origin(annotation) is not Literal and any(map(has_parts, get_args(annotation)))
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
-    return field.default if field.default_factory is _MISSING else field.default_factory()
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 # ---- writing
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
-        fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
-        return {"name": _name_of(type(value)), **fields} if isinstance(value, Plugin) else fields
+        fields = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        return {"name": name_of(type(value)), **fields} if isinstance(value, Plugin) else fields
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, set | frozenset):
-        return sorted(map(_plain, value), key=str)
+        return sorted(map(plain, value), key=str)
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, Enum):
         return value.value
     return str(value) if isinstance(value, PurePath) else value
 
 
-def _name_of(cls: type[Plugin]) -> str:
+def name_of(cls: type[Plugin]) -> str:
     registered = cls.known.get(cls.name) is cls
     here = cls.__module__.startswith(f"{__package__}.")
     return cls.name if registered and here else f"{cls.__module__}:{cls.__qualname__}"
@@ -347,19 +328,3 @@ def _escaped(value: Any) -> Any:
     if isinstance(value, list):
         return [_escaped(item) for item in value]
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
-
-
-# ---- help
-
-
-def _keys(cls: Any, instance: Any, where: str) -> Iterator[Key]:
-    hints, docs = get_type_hints(cls, include_extras=True), _docs(cls)
-    for field in dataclasses.fields(cls):
-        if not field.init:
-            continue
-        path, annotation = join(where, field.name), hints[field.name]
-        value = _default(field) if instance is None else getattr(instance, field.name)
-        is_part = dataclasses.is_dataclass(value)
-        nested = type(value) if is_part else annotation
-        if not is_part or isinstance(value, Plugin):
-            yield Key(path=path, type=_type_text(annotation), default=_default_text(value), doc=docs.get(field.name, ""))

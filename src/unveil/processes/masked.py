@@ -114,7 +114,7 @@ class MaskedProcess:
         return torch.where(maskable & (u < t[:, None]), self.mask_id, x_0)
 
     def corrupt_exact(self, x_0: Tensor, n: Tensor, *, u: Tensor, maskable: Tensor) -> Tensor:
-        """x_t (B, L) with exactly ``n (B,)`` masks: the ``maskable`` positions with the smallest ``u``, (B, L).
+        """x_t (B, L) with exactly ``n (B,)`` masks, at the ``maskable`` positions of smallest ``u`` (B, L).
 
         Every n-subset is equally likely. Equal u are taken from left to right.
 

@@ -295,20 +295,21 @@ def _fill(title: str, data: Line) -> str:
     folder = resources.files("unveil.report") / "assets"
     text = {name: (folder / name).read_text(encoding="utf-8") for name in _ASSETS}
     style = text["uPlot.min.css"] + text["style.css"]
+    plot, script = text["uPlot.iife.min.js"], text["charts.js"] + text["app.js"]
     parts = {
         "title": html.escape(title),
         "policy": f"default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; style-src {_hash(style)}; "
-        f"script-src {_hash(text['uPlot.iife.min.js'])} {_hash(text['app.js'])}",
+        f"script-src {_hash(plot)} {_hash(script)}",
         "style": style,
-        "plot": text["uPlot.iife.min.js"],
-        "script": text["app.js"],
+        "plot": plot,
+        "script": script,
         # No "<" at all: neither "</script" nor "<!--" can then end or swallow the element.
         "data": json.dumps(_finite(data), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], text["template.html"])
 
 
-_ASSETS = ("template.html", "style.css", "app.js", "uPlot.iife.min.js", "uPlot.min.css")
+_ASSETS = ("template.html", "style.css", "charts.js", "app.js", "uPlot.iife.min.js", "uPlot.min.css")
 
 
 def _hash(text: str) -> str:

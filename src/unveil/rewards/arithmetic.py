@@ -1,4 +1,4 @@
-"""Judges a derivation such as ``( 12 + 7 ) * 3`` or ``12 + 7 = 19 , 19 * 3 = 57`` in exact rational arithmetic."""
+"""Judges arithmetic such as ``( 12 + 7 ) * 3`` or ``12 + 7 = 19 , 19 * 3 = 57`` in exact fractions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 MAX_CHARACTERS = 1000
 MAX_DIGITS = 9
 MAX_DEPTH = 32
-"""A longer answer, a longer number or deeper parentheses count as malformed: they bound the cost of any input."""
+"""A longer answer, a longer number or deeper parentheses are malformed: this bounds the cost of any input."""
 
 _SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-"})
 _LATEX = {r"\times": "*", r"\cdot": "*", r"\div": "/"}
@@ -43,7 +43,7 @@ class _Malformed(ValueError):
 
 
 def last_answer(text: str) -> str:
-    r"""The content of the last ``\boxed{...}`` or ``<answer>...</answer>``, the whole text where there is neither.
+    r"""The content of the last ``\boxed{...}`` or ``<answer>...</answer>``; else the whole text.
 
     "Last" is the one that opens last among those that are closed, so of nested wrappers the inner one.
     """
@@ -52,7 +52,7 @@ def last_answer(text: str) -> str:
     if close >= 0:
         opening = text.rfind("<answer>", 0, close)
         if opening >= 0:
-            start, end = opening + len("<answer>"), close
+            start, end = opening + len("<answer>"), text.find("</answer>", opening)
     open_braces: list[tuple[int, bool]] = []
     for brace in _BRACE.finditer(text):
         if brace.group() != "}":
@@ -67,9 +67,9 @@ def last_answer(text: str) -> str:
 def judge_arithmetic(answer: str, numbers: Sequence[int], target: int) -> ArithmeticVerdict:
     """Whether ``answer`` derives ``target`` from ``numbers``, each used exactly once.
 
-    The answer is one expression, optionally followed by ``= result``, or steps ``expression = result`` separated by
-    commas, semicolons or line ends. A step takes its operands out of the pool, which starts as ``numbers``, and puts
-    its stated result back; exactly one value must be left. Never raises.
+    The answer is one expression, optionally followed by ``= result``, or steps ``expression = result``
+    separated by commas, semicolons or line ends. A step takes its operands out of the pool, which starts as
+    ``numbers``, and puts its stated result back; exactly one value must be left. Never raises.
     """
     try:
         steps = _read_steps(answer)
@@ -127,7 +127,7 @@ def _tokens(chunk: str) -> list[str]:
 
 
 class _Parser:
-    """Recursive descent: sum = product (+|- product)*, product = atom (*|/ atom)*, atom = number | ( sum )."""
+    """Recursive descent: sum = product (+|- product)*, product = atom (*|/ atom)*, atom = number | (sum)."""
 
     def __init__(self, tokens: list[str]) -> None:
         self.rest = tokens[::-1]

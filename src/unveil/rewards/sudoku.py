@@ -1,4 +1,4 @@
-"""Judges a filled Sudoku grid. Grids are strings of size x size characters, row by row, "0" for an empty cell."""
+"""Judges a filled Sudoku grid. Grids are strings of size x size characters, row by row, "0" for empty."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def keeps_givens(cells: str, puzzle: str) -> bool:
 def judge_grid(answer: str, puzzle: str, solution: str) -> GridVerdict:
     """Compare an answer with a puzzle that has at least one empty cell, and with its stored solution.
 
-    White space and "|" between cells are ignored. A shorter or longer answer is compared cell by cell from the
-    start, cells that are not there count as wrong. Never raises.
+    White space and "|" between cells are ignored. A shorter or longer answer is compared cell by cell from
+    the start, cells that are not there count as wrong. Never raises.
     """
     cells = "".join(answer.replace("|", " ").split())
     size = isqrt(len(puzzle))
@@ -62,4 +62,5 @@ def judge_grid(answer: str, puzzle: str, solution: str) -> GridVerdict:
     givens_kept = keeps_givens(cells, puzzle)
     empty = [index for index, given in enumerate(puzzle) if given == "0"]
     right = sum(cells[index : index + 1] == solution[index] for index in empty)
-    return GridVerdict(well_formed, givens_kept, givens_kept and is_valid_grid(cells, size), right / len(empty))
+    correct = givens_kept and is_valid_grid(cells, size)
+    return GridVerdict(well_formed, givens_kept, correct, right / len(empty))

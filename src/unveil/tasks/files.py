@@ -19,10 +19,11 @@ def read_json_lines(path: str | Path, required_keys: Sequence[str]) -> list[tupl
     """Line number (from 1) and object of every line of a JSON-lines file.
 
     Raises:
-        UserError: the file is missing, empty or not UTF-8; a line is blank (but at the end), broken JSON or no object;
-            a required key is missing or its value is not a string.
+        UserError: the file is missing, empty or not UTF-8; a line is blank (but at the end), broken JSON or
+            no object; a required key is missing or its value is not a string.
     """
     rows = []
+    required = ", ".join(required_keys)
     for number, line in enumerate(_read_lines(path), start=1):
         if not line.strip():
             raise UserError(f"{path}:{number}: blank line (allowed only at the end of the file)")
@@ -31,12 +32,13 @@ def read_json_lines(path: str | Path, required_keys: Sequence[str]) -> list[tupl
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}:{number}: not valid JSON: {error}") from error
         if not isinstance(row, dict):
-            raise UserError(f"{path}:{number}: expected a JSON object, got {_short(line.strip())}")
+            raise UserError(f"{path}:{number}: expected a JSON object, got {_short(json.dumps(row))}")
         for key in required_keys:
             if key not in row:
-                raise UserError(f"{path}:{number}: key {key!r} is missing (required: {', '.join(required_keys)})")
+                raise UserError(f"{path}:{number}: key {key!r} is missing (required: {required})")
             if not isinstance(row[key], str):
-                raise UserError(f"{path}:{number}: {key!r} must be a string, got {_short(json.dumps(row[key]))}")
+                value = _short(json.dumps(row[key]))
+                raise UserError(f"{path}:{number}: {key!r} must be a string, got {value}")
         rows.append((number, row))
     return rows
 
@@ -45,21 +47,23 @@ def read_csv(path: str | Path, required_columns: Sequence[str]) -> list[tuple[in
     """Line number (from 1, the header's) and fields by column name of every row of a CSV file with a header.
 
     Raises:
-        UserError: the file is missing, empty or not UTF-8; it has a header only; a column is missing; a row is blank
-            (but at the end), has broken quotes or another number of fields than the header.
+        UserError: the file is missing, empty or not UTF-8; it has a header only; a column is missing; a row
+            is blank (but at the end), has broken quotes or another number of fields than the header.
     """
+    required = ", ".join(required_columns)
     reader = csv.reader((line + "\n" for line in _read_lines(path)), strict=True)
     rows = []
     try:
         header = next(reader)
         for column in required_columns:
             if column not in header:
-                raise UserError(f"{path}:1: column {column!r} is missing (required: {', '.join(required_columns)})")
+                raise UserError(f"{path}:1: column {column!r} is missing (required: {required})")
         for fields in reader:
             if not "".join(fields).strip():
                 raise UserError(f"{path}:{reader.line_num}: blank line (allowed only at the end of the file)")
             if len(fields) != len(header):
-                raise UserError(f"{path}:{reader.line_num}: {len(fields)} fields, the header has {len(header)}")
+                got = f"{len(fields)} fields, the header has {len(header)}"
+                raise UserError(f"{path}:{reader.line_num}: {got}")
             rows.append((reader.line_num, dict(zip(header, fields, strict=True))))
     except csv.Error as error:
         raise UserError(f"{path}:{reader.line_num}: not valid CSV: {error}") from error

@@ -16,7 +16,7 @@ from unveil.tasks.base import Problem, Split, Task, Verdict
 
 @dataclass(kw_only=True)
 class RunningSum(Task, name="running_sum"):
-    """Prompt ``2 1 0 2``, response ``2 0 0 2`` (modulus 3). One tenth of all prompts, by a stable hash, is test."""
+    """Prompt ``2 1 0 2``, response ``2 0 0 2`` (modulus 3). By a stable hash a tenth is test."""
 
     length: Annotated[int, Field(ge=1, le=64)] = 8
     """Digits in the prompt."""
@@ -28,16 +28,15 @@ class RunningSum(Task, name="running_sum"):
     """The response starts with the final sum, then come all sums: length + 1 slots instead of length."""
 
     judge: Literal["last", "all"] = "last"
-    """last: the final sum alone decides (its first slot with answer_first); all: the whole response must be exact."""
+    """last: the final sum decides (with answer_first the first slot); all: the response must be exact."""
 
     def problems(self, split: Split, count: int, seed: int) -> list[Problem]:
         space = self.modulus**self.length
         rng = random.Random(f"running_sum/{split}/{seed}")
-        # Sampling without replacement is cheap while the list is a small part of the split; else list the split.
-        if 100 * count > space:
-            everything = [
-                digits for digits in product(range(self.modulus), repeat=self.length) if _split(digits) == split
-            ]
+        # Drawing until enough differ is cheap, and sure to end, only where the split is far larger than that.
+        if space <= 10_000 or 20 * count > space:
+            prompts = product(range(self.modulus), repeat=self.length)
+            everything = [digits for digits in prompts if _split(digits) == split]
             if count > len(everything):
                 raise UserError(
                     f"running_sum has {len(everything)} {split} problems with length={self.length}, "

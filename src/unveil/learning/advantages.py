@@ -1,0 +1,83 @@
+"""What was good: from rewards to advantages, always within the group of one prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from unveil.registry import Plugin
+
+EPSILON = 1e-4
+"""Added to the standard deviation of a group."""
+
+
+class Advantage(Plugin, family="advantage"):
+    """Rewards of a batch of chains -> one advantage per chain and step."""
+
+    reads_guesses: ClassVar[bool] = False
+    """True if the reward of every step's guess is needed, not only that of the finished response."""
+
+    def advantages(self, rewards: Tensor, active: Tensor, group: Tensor) -> Tensor:
+        """Advantages (B, S), 0 at inactive steps.
+
+        Args:
+            rewards: (B, S) reward of the guess at each step; the last active column is the finished response's.
+            active: (B, S) True where a step happened.
+            group: (B,) integer prompt ids; statistics are taken over equal ids, whatever the order of the rows.
+        """
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True)
+class GroupAdvantage(Advantage, name="group"):
+    """The finished response's reward against its group: (r - mean) / std, the same at every step (GRPO)."""
+
+    center: Literal["mean", "leave_one_out"] = "mean"
+    """What is subtracted: the group's mean, or the mean of the others (RLOO)."""
+    scale: Literal["std", "none"] = "std"
+    """Divide by the group's standard deviation, or not (diffu-GRPO, Dr. GRPO)."""
+
+    def advantages(self, rewards: Tensor, active: Tensor, group: Tensor) -> Tensor:
+        final = terminal(rewards, active)[:, None]
+        known = torch.ones_like(final, dtype=torch.bool)
+        return normalise_by_group(final, known, group, center=self.center, scale=self.scale) * active
+
+
+def terminal(rewards: Tensor, active: Tensor) -> Tensor:
+    """(B,) the reward at each chain's last active step."""
+    last = (active.sum(1) - 1).clamp(min=0)
+    return rewards.gather(1, last[:, None]).squeeze(1)
+
+
+def normalise_by_group(
+    values: Tensor,
+    known: Tensor,
+    group: Tensor,
+    *,
+    center: Literal["mean", "leave_one_out"] = "mean",
+    scale: Literal["std", "none"] = "std",
+) -> Tensor:
+    """(x - mean) / (std + 1e-4) per group and column of values (B, S), over entries that are ``known`` (B, S).
+
+    The standard deviation is the unbiased one. Entries without a second known member of their group get 0.
+    """
+    _, index = group.unique(return_inverse=True)
+    groups = int(index.max()) + 1 if len(index) else 0
+    weight = known.to(torch.float64)
+    x = values.to(torch.float64) * weight
+
+    def total(per_row: Tensor) -> Tensor:
+        return torch.zeros(groups, x.shape[1], dtype=torch.float64, device=x.device).index_add_(0, index, per_row)[index]
+
+    count = total(weight)
+    mean = total(x) / count.clamp(min=1)
+    deviation = (x - mean) * weight
+    variance = total(deviation**2) / (count - 1).clamp(min=1)
+    if center == "leave_one_out":
+        deviation = deviation * count / (count - 1).clamp(min=1)
+    if scale == "std":
+        deviation = deviation / (variance.sqrt() + EPSILON)
+    return torch.where(known & (count > 1), deviation, 0).to(torch.float32)

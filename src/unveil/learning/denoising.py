@@ -1,0 +1,75 @@
+"""Likelihood training of the denoiser itself: pre-training and supervised fine-tuning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unveil.denoisers.base import MaskedDenoiser
+from unveil.processes.masked import MaskedProcess, stratified_times
+
+
+@dataclass(kw_only=True)
+class Corrupted:
+    """A corrupted batch.
+
+    Attributes:
+        x_t: (B, L) canvases with holes.
+        holes: (B, L) True where a token was masked and counts.
+        weight: (B,) ELBO weight of each canvas.
+        maskable: (B,) how many tokens of each canvas could be masked.
+    """
+
+    x_t: Tensor
+    holes: Tensor
+    weight: Tensor
+    maskable: Tensor
+
+
+def corrupt(
+    process: MaskedProcess,
+    x_0: Tensor,
+    maskable: Tensor,
+    *,
+    form: Literal["time", "count"],
+    generator: torch.Generator,
+) -> Corrupted:
+    """Mask a batch x_0 (B, L) at its ``maskable`` (B, L) positions.
+
+    ``time``: t stratified over the batch, i.i.d. masks, weight 1/t (MDLM, LLaDA). ``count``: n uniform in 1..maskable,
+    exactly n masks, weight maskable/n, the same expectation with less variance. Prompts are never maskable; the end
+    tokens that fill a response up are (LLaDA's rule: how long a response is belongs to what is learned).
+    """
+    count = maskable.sum(1)
+    u = torch.rand(x_0.shape, generator=generator)
+    if form == "time":
+        t = stratified_times(len(x_0), generator=generator)
+        x_t = process.corrupt(x_0, t, u=u, maskable=maskable)
+        weight = process.elbo_weight(t)
+    else:
+        # Stratified like t: n = 1 + floor(count * v) with one v per stratum.
+        v = stratified_times(len(x_0), generator=generator, low=0.0)
+        n = (1 + (count * v).floor().long()).clamp(max=count)
+        x_t = process.corrupt_exact(x_0, n, u=u, maskable=maskable)
+        weight = process.elbo_weight_exact(n, maskable)
+    return Corrupted(x_t=x_t, holes=maskable & (x_t == process.mask_id), weight=weight, maskable=count)
+
+
+def elbo_loss(denoiser: MaskedDenoiser, x_0: Tensor, valid: Tensor, corrupted: Corrupted) -> Tensor:
+    """Mean over the batch of (weight / maskable) * sum over holes of -log p(x_0 | x_t): NELBO in nats per token.
+
+    Args:
+        x_0: (B, L) clean canvases.
+        valid: (B, L) True at real tokens.
+        corrupted: what `corrupt` made of them.
+    """
+    row, column = corrupted.holes.nonzero(as_tuple=True)
+    features = denoiser.features(corrupted.x_t, valid)
+    logits = denoiser.head(features[row, column]).float()
+    cross_entropy = F.cross_entropy(logits, x_0[row, column], reduction="none")
+    scale = corrupted.weight / corrupted.maskable
+    return (cross_entropy * scale[row]).sum() / len(x_0)

@@ -1,0 +1,170 @@
+"""Score finished and intermediate guesses of a denoiser on a task's problems."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unveil.denoisers.base import MaskedDenoiser
+from unveil.samplers.canvas import Canvas
+from unveil.samplers.masked import MaskedSampler
+from unveil.samplers.text import encode_prompts, response_texts
+from unveil.samplers.trajectory import Trajectory
+from unveil.seeds import derive_seed
+from unveil.tasks.base import Problem, Task, Verdict
+
+
+@dataclass(kw_only=True)
+class Judged:
+    """Verdicts of one trajectory.
+
+    Attributes:
+        texts: B finished responses.
+        verdicts: B verdicts of them.
+        guess_correct: (B, S) whether the full guess of every step was right; the last active step is the finished
+            response. None if guesses were not recorded.
+        guess_score: (B, S) their shaped scores.
+    """
+
+    texts: list[str]
+    verdicts: list[Verdict]
+    guess_correct: Tensor | None = None
+    guess_score: Tensor | None = None
+
+
+def judge(task: Task, problems: Sequence[Problem], denoiser: MaskedDenoiser, trajectory: Trajectory) -> Judged:
+    """Verify the finished responses and, where recorded, the guess of every step (T verifier calls per rollout).
+
+    A text that a problem has already been judged on is not judged again: neighbouring guesses are mostly equal.
+    """
+    seen: dict[tuple[int, str], Verdict] = {}
+
+    def verdict(row: int, text: str) -> Verdict:
+        if (row, text) not in seen:
+            seen[row, text] = task.check(problems[row], text)
+        return seen[row, text]
+
+    texts = response_texts(denoiser, trajectory.response_ids)
+    judged = Judged(texts=texts, verdicts=[verdict(row, text) for row, text in enumerate(texts)])
+    if trajectory.guesses is None:
+        return judged
+    batch, steps = trajectory.active.shape
+    guesses = response_texts(denoiser, trajectory.guesses.flatten(0, 1))
+    verdicts = [verdict(place // steps, text) for place, text in enumerate(guesses)]
+    judged.guess_correct = torch.tensor([v.correct for v in verdicts]).view(batch, steps) & trajectory.active
+    judged.guess_score = torch.tensor([v.score for v in verdicts]).view(batch, steps) * trajectory.active
+    return judged
+
+
+def over_denoised(judged: Judged) -> Tensor:
+    """(B,) True where some intermediate guess was right and the finished response is wrong (MDPO, 2508.13148)."""
+    assert judged.guess_correct is not None
+    final = torch.tensor([verdict.correct for verdict in judged.verdicts])
+    return judged.guess_correct.any(1) & ~final
+
+
+@dataclass(kw_only=True)
+class Evaluation:
+    """One decoder's result on a list of problems.
+
+    Attributes:
+        accuracy: share of correct finished responses, with its 95 % Wilson interval ``low`` .. ``high``.
+        score: mean shaped score.
+        ever_correct: share of problems with a right guess at any step.
+        over_denoising: share with a right guess at some step and a wrong end.
+        guess_accuracy: accuracy of the guess at every step.
+        forwards: sequence-forwards spent.
+        texts, correct, scores: per problem.
+    """
+
+    accuracy: float
+    low: float
+    high: float
+    score: float
+    ever_correct: float
+    over_denoising: float
+    guess_accuracy: list[float]
+    forwards: int
+    texts: list[str]
+    correct: list[bool]
+    scores: list[float]
+
+    def summary(self) -> dict[str, float]:
+        """The scalar results, for tables and logs."""
+        names = ("accuracy", "low", "high", "score", "ever_correct", "over_denoising", "forwards")
+        return {name: getattr(self, name) for name in names} | {"problems": len(self.texts)}
+
+
+def evaluate(
+    denoiser: MaskedDenoiser,
+    task: Task,
+    problems: Sequence[Problem],
+    sampler: MaskedSampler,
+    *,
+    response_length: int,
+    seed: int = 0,
+    batch_size: int = 128,
+    on_batch: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Decode every problem once and judge every step's guess."""
+    trajectory = sample_problems(
+        denoiser, problems, sampler, response_length=response_length, seed=seed, batch_size=batch_size,
+        needs={"guesses"}, on_batch=on_batch,
+    )  # fmt: skip
+    judged = judge(task, problems, denoiser, trajectory)
+    assert judged.guess_correct is not None
+    correct = [verdict.correct for verdict in judged.verdicts]
+    low, high = wilson(sum(correct), len(correct))
+    steps = trajectory.active.sum(0).clamp(min=1)
+    return Evaluation(
+        accuracy=sum(correct) / len(correct),
+        low=low,
+        high=high,
+        score=sum(verdict.score for verdict in judged.verdicts) / len(correct),
+        ever_correct=(judged.guess_correct.any(1) | torch.tensor(correct)).float().mean().item(),
+        over_denoising=over_denoised(judged).float().mean().item(),
+        guess_accuracy=(judged.guess_correct.sum(0) / steps).tolist(),
+        forwards=trajectory.forwards,
+        texts=judged.texts,
+        correct=correct,
+        scores=[verdict.score for verdict in judged.verdicts],
+    )
+
+
+def sample_problems(
+    denoiser: MaskedDenoiser,
+    problems: Sequence[Problem],
+    sampler: MaskedSampler,
+    *,
+    response_length: int,
+    seed: int,
+    needs: set[str],
+    batch_size: int | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> Trajectory:
+    """One chain per problem; a problem that is listed G times gets G chains with noise of their own."""
+    canvas = Canvas.of(encode_prompts(denoiser, [p.prompt for p in problems]), response_length, denoiser.spec)
+    copies: dict[str, int] = {}
+    seeds = []
+    for problem in problems:
+        copies[problem.id] = copies.get(problem.id, -1) + 1
+        seeds.append(derive_seed(seed, problem.id, copies[problem.id]))
+    was_training = denoiser.training
+    denoiser.eval()
+    try:
+        return sampler.sample(denoiser, canvas, seeds, needs=needs, batch_size=batch_size, on_batch=on_batch)
+    finally:
+        denoiser.train(was_training)
+
+
+def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson score interval of a proportion."""
+    p = successes / trials
+    centre = p + z * z / (2 * trials)
+    spread = z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
+    scale = 1 + z * z / trials
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)

@@ -1,0 +1,60 @@
+"""Low-rank adapters by ``peft``: injected in place, switched off for the reference, saved in the standard format."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from unveil.denoisers.base import MaskedDenoiser
+from unveil.registry import UserError
+
+
+@dataclass(kw_only=True)
+class LoraSettings:
+    """Low-rank adaptation."""
+
+    rank: Annotated[int, Field(ge=1)] = 16
+    """Rank of the adapters."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """Scale: adapters are multiplied by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the adapters' input. RL wants 0: a ratio compares equal networks."""
+    targets: list[str] | str = "all-linear"
+    """Module names that get an adapter, or ``all-linear``."""
+
+
+class Adapter:
+    """LoRA layers inside a denoiser, which stays the object that everybody holds."""
+
+    def __init__(self, denoiser: MaskedDenoiser, settings: LoraSettings) -> None:
+        try:
+            import peft
+        except ImportError as error:
+            raise UserError("model.lora: the extra is not installed (pip install 'unveil[lora]')") from error
+        names = {name.rsplit(".", 1)[-1] for name, module in denoiser.named_modules() if type(module).__name__ == "Linear"}
+        targets = sorted(names) if settings.targets == "all-linear" else settings.targets
+        missing = sorted(set(targets) - names) if isinstance(targets, list) else []
+        if missing:
+            raise UserError(f"model.lora.targets: no linear layer is called {missing[0]!r} (allowed: {', '.join(sorted(names))})")
+        config = peft.LoraConfig(
+            r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=targets
+        )
+        self.denoiser = denoiser
+        self.wrapped: Any = peft.get_peft_model(denoiser, config)
+
+    def off(self) -> AbstractContextManager[None]:
+        """Context in which the denoiser is the base model."""
+        return self.wrapped.disable_adapter()
+
+    def save(self, folder: Path) -> None:
+        """adapter_config.json and adapter_model.safetensors, as peft opens them."""
+        self.wrapped.save_pretrained(str(folder))
+
+    def merge(self) -> MaskedDenoiser:
+        """Fold the adapters into the weights; the denoiser is then an ordinary one again."""
+        self.wrapped.merge_and_unload()
+        return self.denoiser

@@ -1,0 +1,216 @@
+"""Run folders and the two programs that fill them: `pretrain` and `train`."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+
+from unveil import __version__
+from unveil.denoisers.base import MaskedDenoiser
+from unveil.denoisers.load import load_denoiser
+from unveil.denoisers.tokenizer import TextTokenizer
+from unveil.denoisers.transformer import TransformerConfig, TransformerDenoiser
+from unveil.recipe import to_yaml
+from unveil.registry import UserError
+from unveil.seeds import generator
+from unveil.training.checkpoints import list_checkpoints, write_folder, write_text
+from unveil.training.denoising_job import DenoisingConfig, DenoisingEval, DenoisingJob
+from unveil.training.distribution import Ranks
+from unveil.training.log import LogConfig, RunLog
+from unveil.training.lora import Adapter, LoraSettings
+from unveil.training.policy_job import PolicyConfig, PolicyEval, PolicyJob
+from unveil.training.snapshots import SnapshotConfig
+from unveil.training.trainer import CheckpointConfig, Job, OptimConfig, Trainer
+
+Progress = Callable[[int, dict[str, Any]], None]
+
+
+@dataclass(kw_only=True)
+class NewModel:
+    """A denoiser from scratch, or the one that supervised fine-tuning starts from."""
+
+    path: str | None = None
+    """Start from this model; then the other fields are not used."""
+    transformer: TransformerConfig = field(default_factory=TransformerConfig)
+    """Its shape."""
+    largest_number: Annotated[int, Field(ge=0)] = 199
+    """Every number from 0 to this is one token."""
+    words: list[str] = field(default_factory=list)
+    """All other words of prompts and responses."""
+
+
+@dataclass(kw_only=True)
+class PretrainRecipe:
+    """What `unveil pretrain` runs."""
+
+    model: NewModel = field(default_factory=NewModel)
+    data: DenoisingConfig
+    eval: DenoisingEval = field(default_factory=DenoisingEval)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    snapshots: SnapshotConfig = field(default_factory=SnapshotConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    updates: Annotated[int, Field(ge=1)]
+    """Optimiser steps."""
+    seed: int = 0
+    """Everything random derives from it."""
+
+
+@dataclass(kw_only=True)
+class BaseModel:
+    """The denoiser that a policy starts from."""
+
+    path: str
+    """Model folder, run folder, or name of an embedded model."""
+    lora: LoraSettings | None = None
+    """Train low-rank adapters instead of all weights."""
+
+
+@dataclass(kw_only=True)
+class TrainRecipe:
+    """What `unveil train` runs."""
+
+    system: str
+    """The system that this recipe belongs to, as `unveil systems` lists it."""
+    model: BaseModel
+    policy: PolicyConfig
+    eval: PolicyEval
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    snapshots: SnapshotConfig = field(default_factory=SnapshotConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    updates: Annotated[int, Field(ge=1)]
+    """Policy updates (batches of rollouts)."""
+    seed: int = 0
+    """Everything random derives from it."""
+
+
+def pretrain(recipe: PretrainRecipe, run: Path, *, resume: bool = False, progress: Progress | None = None) -> bool:
+    """Train a denoiser on data. Returns False if interrupted.
+
+    Raises:
+        UserError: before any work, if something in the recipe or the run folder does not fit.
+    """
+    ranks = Ranks()
+    denoiser = _new_denoiser(recipe.model, recipe.seed).to(ranks.device)
+    trainer = Trainer(
+        denoiser, recipe.optim, recipe.checkpoint, recipe.snapshots,
+        updates=recipe.updates, eval_every=recipe.eval.every, run=run, ranks=ranks,
+    )  # fmt: skip
+
+    def make(log: RunLog) -> Job:
+        return DenoisingJob(trainer, recipe.data, recipe.eval, log, seed=recipe.seed)
+
+    return _run(recipe, "pretrain", run, trainer, make, resume=resume, progress=progress)
+
+
+def train(recipe: TrainRecipe, run: Path, *, resume: bool = False, progress: Progress | None = None) -> bool:
+    """Improve a policy by its rewards. Returns False if interrupted.
+
+    Raises:
+        UserError: before any work, if something in the recipe or the run folder does not fit.
+    """
+    ranks = Ranks()
+    denoiser = load_denoiser(recipe.model.path).to(ranks.device)
+    adapter = None
+    if recipe.model.lora is not None:
+        torch.manual_seed(recipe.seed)  # peft draws its initial weights from the global generator
+        adapter = Adapter(denoiser, recipe.model.lora)
+    trainer = Trainer(
+        denoiser, recipe.optim, recipe.checkpoint, recipe.snapshots,
+        updates=recipe.updates, eval_every=recipe.eval.every, run=run, ranks=ranks, adapter=adapter,
+        keep_reference=recipe.policy.kl.beta > 0,
+    )  # fmt: skip
+
+    def make(log: RunLog) -> Job:
+        return PolicyJob(trainer, recipe.policy, recipe.eval, log, seed=recipe.seed)
+
+    return _run(recipe, recipe.system, run, trainer, make, resume=resume, progress=progress)
+
+
+def _run(
+    recipe: PretrainRecipe | TrainRecipe,
+    system: str,
+    run: Path,
+    trainer: Trainer,
+    make: Callable[[RunLog], Job],
+    *,
+    resume: bool,
+    progress: Progress | None,
+) -> bool:
+    main = trainer.ranks.main
+    resume_at: int | None = None
+    if resume:
+        if not (run / "recipe.yaml").is_file():
+            raise UserError(f"{run}: not a run folder, nothing to resume")
+        found = list_checkpoints(run / "checkpoints")
+        if not found:
+            raise UserError(f"{run}: no complete checkpoint to resume from")
+        resume_at = int(found[-1].name.rpartition("-")[2])
+    elif run.exists() and any(run.iterdir()):
+        raise UserError(f"{run}: the run folder is occupied (allowed: a new folder, or --resume to continue this run)")
+    job = make(_draft_log(run))
+    run.mkdir(parents=True, exist_ok=True)
+    if not resume and main:
+        write_text(run / "recipe.yaml", to_yaml(recipe))
+    log = RunLog(run, recipe.log if main else LogConfig(tensorboard=False), resume_at=resume_at if main else None, title=run.name)
+    job.log = log  # type: ignore[attr-defined]
+    if resume:
+        trainer.resume(job)
+    if main:
+        log.info(_facts(system, recipe.seed))
+    finished = False
+    status = "failed"
+    try:
+        finished = trainer.fit(job, log, progress)
+        status = "finished" if finished else "interrupted"
+        if finished and main:
+            write_folder(run / "model", trainer.save_model)
+    finally:
+        if main:
+            log.cost(trainer.cost)
+            log.info({"status": status})
+            log.close()
+        trainer.ranks.close()
+    return finished
+
+
+def _draft_log(run: Path) -> RunLog:
+    """A log that writes nothing yet: the job is checked before the run folder exists."""
+    return RunLog(run, LogConfig(tensorboard=False))
+
+
+def _new_denoiser(model: NewModel, seed: int) -> MaskedDenoiser:
+    if model.path is not None:
+        return load_denoiser(model.path)
+    words = [str(number) for number in range(model.largest_number + 1)] + model.words
+    try:
+        tokenizer = TextTokenizer.of_words(words)
+    except ValueError as error:
+        raise UserError(f"model.words: {error}") from error
+    denoiser = TransformerDenoiser(model.transformer, tokenizer)
+    denoiser.initialise(generator(seed, "weights"))
+    return denoiser
+
+
+def _facts(system: str, seed: int) -> dict[str, Any]:
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    return {
+        "system": system,
+        "command": " ".join(["unveil", *sys.argv[1:]]),
+        "status": "running",
+        "seed": seed,
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "git": git.stdout.strip() or None,
+        "versions": {"unveil": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "threads": torch.get_num_threads(),
+    }

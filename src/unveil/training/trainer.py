@@ -1,0 +1,294 @@
+"""The one training loop: updates, gradient steps, checkpoints, interruption, resume.
+
+A *job* says what an update is (a policy update, a likelihood update); the trainer knows nothing of rewards or canvases.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, Literal, Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from unveil.denoisers.base import MaskedDenoiser
+from unveil.registry import UserError
+from unveil.training.checkpoints import list_checkpoints, load_state, save_checkpoint
+from unveil.training.distribution import Ranks
+from unveil.training.log import Cost, RunLog
+from unveil.training.lora import Adapter
+from unveil.training.snapshots import SnapshotConfig, Snapshots
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After warm-up: constant, or falling to ``final_lr`` times the peak at the last update."""
+    final_lr: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """End of a falling schedule, as a share of the peak."""
+    decay_from: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the updates after which the learning rate begins to fall (warm-up, stable, decay)."""
+    warmup: Annotated[int, Field(ge=0)] = 0
+    """Updates of linear warm-up."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """AdamW's betas."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are scaled down to this global norm."""
+    microbatch: Annotated[int, Field(ge=1)] = 128
+    """Canvases per backward pass; the gradient does not depend on it."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 runs the network under autocast; log-probabilities are fp32 in any case."""
+    max_bad_steps: Annotated[int, Field(ge=1)] = 3
+    """Gradient steps in a row with a nan or inf in loss or gradient after which the run stops; each is skipped and
+    reported."""
+
+    def lr_at(self, update: int, updates: int) -> float:
+        """Learning rate of an update, 0-based."""
+        if update < self.warmup:
+            return self.lr * (update + 1) / (self.warmup + 1)
+        start = max(self.warmup, round(self.decay_from * updates))
+        if self.schedule == "constant" or update <= start:
+            return self.lr
+        done = (update - start) / max(1, updates - start)
+        shape = 1 - done if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+        return self.lr * (self.final_lr + (1 - self.final_lr) * shape)
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """When to write checkpoints."""
+
+    every: Annotated[int, Field(ge=1)] = 25
+    """Updates between two checkpoints; the last update always writes one."""
+    keep: Annotated[int, Field(ge=1)] = 2
+    """How many to keep."""
+
+
+class NumericalError(Exception):
+    """Loss or gradient were nan or inf too often in a row."""
+
+
+Loss = Callable[[], Tensor]
+Optimise = Callable[[Iterable[Loss]], dict[str, float]]
+
+
+class Job(Protocol):
+    """What the loop repeats."""
+
+    def update(self, update: int, optimise: Optimise) -> dict[str, Any]:
+        """Do update number ``update`` (0-based): call ``optimise`` once per gradient step with the losses whose sum
+        is to be minimised, each a closure that runs one micro-batch. Returns metrics."""
+        ...
+
+    def evaluate(self, update: int) -> None:
+        """Measure and log after ``update`` finished updates; 0 is before training."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beyond weights, optimiser and snapshots."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Trainer:
+    """Runs a job on a denoiser."""
+
+    def __init__(
+        self,
+        denoiser: MaskedDenoiser,
+        optim: OptimConfig,
+        checkpoints: CheckpointConfig,
+        snapshots: SnapshotConfig,
+        *,
+        updates: int,
+        eval_every: int,
+        run: Path,
+        ranks: Ranks,
+        adapter: Adapter | None = None,
+        keep_reference: bool = False,
+    ) -> None:
+        self.denoiser, self.optim, self.checkpoints = denoiser, optim, checkpoints
+        self.updates, self.eval_every, self.run, self.ranks = updates, eval_every, run, ranks
+        self.adapter = adapter
+        moving = snapshots.reference_sync is not None
+        self.snapshots = Snapshots(denoiser, snapshots, keep_reference=keep_reference and (adapter is None or moving))
+        self.parameters = [p for p in denoiser.parameters() if p.requires_grad]
+        decayed = [p for p in self.parameters if p.dim() > 1]
+        other = [p for p in self.parameters if p.dim() <= 1]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": other, "weight_decay": 0.0}],
+            lr=optim.lr,
+            betas=optim.betas,
+        )
+        self.cost = Cost()
+        self.done = 0
+        self.bad_steps = 0
+        self.interrupted = False
+
+    def reference(self) -> Any:
+        """Context in which the denoiser is the reference policy."""
+        if self.adapter is not None and "reference" not in self.snapshots.sets:
+            return self.adapter.off()
+        return self.snapshots.use("reference")
+
+    def evaluated(self) -> Any:
+        """Context in which the denoiser is what gets evaluated and saved (the average where one is kept)."""
+        return self.snapshots.use("ema")
+
+    def fit(self, job: Job, log: RunLog, on_update: Callable[[int, dict[str, Any]], None] | None = None) -> bool:
+        """Run the remaining updates. Returns False if interrupted (a checkpoint is then written).
+
+        Raises:
+            NumericalError: after ``max_bad_steps`` bad gradient steps in a row.
+        """
+        with _Interruption(self):
+            if self.done == 0:
+                job.evaluate(0)
+            while self.done < self.updates and not self.interrupted:
+                started = time.perf_counter()
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self.optim.lr_at(self.done, self.updates)
+                metrics = job.update(self.done, self.optimise)
+                self.done += 1
+                self.snapshots.after_update(self.done)
+                self.cost.seconds += time.perf_counter() - started
+                metrics |= {"lr": self.optim.lr_at(self.done - 1, self.updates), "forwards": self.cost.forwards}
+                metrics |= {"seconds": self.cost.seconds}
+                if self.ranks.main:
+                    log.metrics("train", self.done, metrics)
+                if on_update is not None:
+                    on_update(self.done, metrics)
+                last = self.done == self.updates
+                if last or self.done % self.eval_every == 0:
+                    job.evaluate(self.done)
+                if self.ranks.main and (last or self.interrupted or self.done % self.checkpoints.every == 0):
+                    self.save(job)
+                    log.cost(self.cost)
+        return self.done == self.updates
+
+    def optimise(self, losses: Iterable[Loss]) -> dict[str, float]:
+        """One gradient step on the sum of the losses, each backpropagated by itself."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.denoiser.train()
+        total = 0.0
+        for loss in losses:
+            with self.autocast():
+                value = loss()
+            if value.requires_grad:
+                value.backward()
+            total += value.item()
+        self.ranks.sum_gradients(self.parameters)
+        total = self.ranks.total(total)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.optim.max_grad_norm).item()
+        if not (math.isfinite(total) and math.isfinite(norm)):
+            self._bad_step(total, norm)
+            return {"loss": total, "grad_norm": norm, "skipped": 1.0}
+        self.bad_steps = 0
+        self.optimizer.step()
+        self.cost.optimizer_steps += 1
+        return {"loss": total, "grad_norm": norm, "skipped": 0.0}
+
+    def autocast(self) -> Any:
+        """The precision in which the network runs, when scoring as when training."""
+        if self.optim.precision == "bf16":
+            return torch.autocast(self.ranks.device.type, dtype=torch.bfloat16)
+        return nullcontext()
+
+    def _bad_step(self, loss: float, norm: float) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.bad_steps += 1
+        message = f"update {self.done + 1}: loss {loss}, gradient norm {norm}; gradient step skipped"
+        if self.ranks.main:
+            print(f"warning: {message}", flush=True)
+        if self.bad_steps >= self.optim.max_bad_steps:
+            raise NumericalError(f"{message}, {self.bad_steps} in a row: stopped (the last checkpoint is good)")
+
+    def save_model(self, folder: Path) -> None:
+        """Write the evaluated weights: a model folder, or an adapter folder for LoRA."""
+        with self.evaluated():
+            self._write_model(folder)
+
+    def _write_model(self, folder: Path) -> None:
+        if self.adapter is not None:
+            self.adapter.save(folder)
+        else:
+            self.denoiser.save_pretrained(folder)
+
+    def save(self, job: Job) -> None:
+        state = {
+            "update": self.done,
+            "weights": {name: p.detach() for name, p in self.denoiser.named_parameters() if p.requires_grad},
+            "optimizer": self.optimizer.state_dict(),
+            "snapshots": self.snapshots.state_dict(),
+            "cost": vars(self.cost).copy(),
+            "bad_steps": self.bad_steps,
+            "job": job.state_dict(),
+        }
+        folder = self.run / "checkpoints"
+        save_checkpoint(folder, self.done, self.save_model, state, keep=self.checkpoints.keep)
+
+    def resume(self, job: Job) -> int:
+        """Continue from the newest checkpoint of the run; returns the number of finished updates.
+
+        Raises:
+            UserError: there is no checkpoint, or it is of another architecture.
+        """
+        found = list_checkpoints(self.run / "checkpoints")
+        if not found:
+            raise UserError(f"{self.run}: no complete checkpoint to resume from")
+        state = load_state(found[-1])
+        own = {name: p for name, p in self.denoiser.named_parameters() if p.requires_grad}
+        loaded = state["weights"]
+        for name in sorted(own.keys() | loaded.keys()):
+            if name not in own or name not in loaded or own[name].shape != loaded[name].shape:
+                raise UserError(f"{found[-1]}: a checkpoint of another architecture: {name!r} does not match the model")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(loaded[name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.snapshots.load_state_dict(state["snapshots"])
+        self.cost = Cost(**state["cost"])
+        self.done, self.bad_steps = state["update"], state["bad_steps"]
+        job.load_state_dict(state["job"])
+        return self.done
+
+
+class _Interruption:
+    """Ctrl-C (or SIGTERM) finishes the update under way, so that the checkpoint is whole; a second Ctrl-C stops at once."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self.previous[number] = signal.signal(number, self._ask)
+            except ValueError:  # not the main thread: whoever runs the trainer there handles signals
+                return
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.trainer.interrupted:
+            raise KeyboardInterrupt
+        self.trainer.interrupted = True
+        if self.trainer.ranks.main:
+            print("\nstopping after this update (again to stop at once)", flush=True)
