@@ -13,10 +13,10 @@ _BOOLEAN_HINT = " (YAML reads yes, no, on and off as truth values unless they ar
 
 
 def check(annotation: Any, data: Any, path: str, problems: list[str]) -> Any:
-    """``data`` as a value of ``annotation``; or None, and one line ``path: what, got value`` for each problem.
+    """``data`` as a value of ``annotation``; or None, and a line ``path: what, got value`` per problem.
 
-    Pydantic's conversions are limited: numbers in strings (``"5e-4"``) become floats but not integers, 3.0 may be
-    an integer, truth values are no numbers nor the reverse, nan and inf are refused.
+    Pydantic's conversions are limited: numbers in strings (``"5e-4"``) become floats but not integers, 3.0
+    may be an integer, truth values are no numbers nor the reverse, nan and inf are refused.
     """
     try:
         return TypeAdapter(_strict(annotation)).validate_python(data)

@@ -2,16 +2,15 @@
 
     data = load("mdpo.yaml", ["optim.lr=3e-4", "rollout.sampler.rule=rcr"])  # plain dictionaries
     recipe = build(Train, data)                                              # a dataclass, or all mistakes
-    Path("recipe.yaml").write_text(to_yaml(recipe))                          # build(Train, load(...)) == recipe
+    Path("recipe.yaml").write_text(to_yaml(recipe))                          # what `load` reads again
 
-A plug-in is written as a mapping with its ``name`` and its fields (``{name: rcr, steps: 8}``), or as the bare
-name. ``name`` is therefore reserved: no dataclass of a recipe may have a field of that name, and a mapping with
-that key is taken for a plug-in. Changing a plug-in's name drops the fields that were meant for the other one.
+A plug-in is written as a mapping with its ``name`` and its fields (``{name: rcr, steps: 8}``), or as the
+bare name. ``name`` is therefore reserved: no dataclass of a recipe may have a field of that name, and a
+mapping with that key is taken for a plug-in. Changing a plug-in's name drops the fields of the old one.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import inspect
 import re
@@ -27,9 +26,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from unveil.checking import check, join, short
+from unveil.overrides import merge, yaml_problem
 from unveil.registry import Plugin, UserError, did_you_mean, lookup, names
 
 T = TypeVar("T")
+
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""The parser that OmegaConf takes: the two differ in what they accept."""
 
 
 class RecipeError(UserError):
@@ -41,7 +44,7 @@ class RecipeError(UserError):
 
 
 def load(source: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """A YAML file with overrides applied (see `merge`), as plain dictionaries and lists.
+    """A YAML file with overrides applied (see `unveil.overrides.merge`), as plain dictionaries and lists.
 
     Interpolations ``${a.b}`` are resolved last, so they see the overrides.
 
@@ -51,7 +54,7 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """
     try:
         text = Path(source).read_text(encoding="utf-8-sig")
-        if not isinstance(yaml.compose(text, Loader=yaml.SafeLoader), yaml.MappingNode):
+        if not isinstance(yaml.compose(text, Loader=_LOADER), yaml.MappingNode):
             raise UserError(f"{source}: the top level should be a mapping (key: value)")
         data = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
         merged = OmegaConf.create(merge(data, overrides))  # type: ignore[arg-type]
@@ -61,38 +64,16 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise UserError(f"{source}: not a text file in UTF-8") from error
     except yaml.YAMLError as error:
-        raise UserError(f"{source}, {_yaml_problem(error)}") from error
+        raise UserError(f"{source}, {yaml_problem(error)}") from error
     except OmegaConfBaseException as error:
         raise UserError(f"{source}: {error.full_key or 'a key'}: {str(error).splitlines()[0]}") from error
-
-
-def merge(base: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of ``base`` with overrides such as ``optim.lr=3e-4`` or ``tasks.0.weight=2``; values are YAML.
-
-    A mapping given as value replaces the old one. Setting ``rule.name``, or ``rule`` to a string, drops the fields of
-    the plug-in unless the name stays the same. Outer keys come before inner ones, whatever the order of
-    ``overrides``; of two equal keys the last wins. Interpolations stay as they are (`load` resolves them).
-
-    Raises:
-        UserError: an override is malformed, leads through a number or truth value, or past the end of a list.
-    """
-    merged = copy.deepcopy(dict(base))
-
-    # A name decides over the whole mapping, so it ranks with the mapping and not with the fields beside it.
-    def rank(override: tuple[list[str], Any]) -> tuple[int, bool]:
-        is_name = override[0][-1] == "name"
-        return len(override[0]) - is_name, is_name
-
-    for path, value in sorted(map(_parse, overrides), key=rank):
-        _assign(merged, path, value)
-    return merged
 
 
 def build(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
     """An instance of the dataclass (or plug-in family) ``cls`` with the values of ``data``.
 
-    Missing keys take their default; where a default is itself a dataclass or plug-in, keys given for it replace
-    only those values (unless they name another plug-in). Values are checked by `unveil.checking.check`.
+    Missing keys take their default; where a default is itself a dataclass or plug-in, keys given for it
+    replace only those values, unless they name another plug-in. `unveil.checking.check` checks the values.
 
     Args:
         where: dotted path of ``data`` in the recipe, for messages.
@@ -110,8 +91,8 @@ def build(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
 def dump(obj: Any) -> dict[str, Any]:
     """Plain data of a dataclass, the inverse of `build`: ``build(cls, dump(obj)) == obj``.
 
-    A plug-in of this package is written with its short name, any other as ``package.module:Class``, because the
-    short name is unknown until its module has been imported.
+    A plug-in of this package is written with its short name, any other as ``package.module:Class``:
+    its short name is unknown until its module has been imported.
     """
     if not dataclasses.is_dataclass(obj) or isinstance(obj, type):
         raise TypeError(f"not a dataclass instance: {obj!r}")
@@ -121,64 +102,6 @@ def dump(obj: Any) -> dict[str, Any]:
 def to_yaml(obj: Any) -> str:
     """`dump` as YAML in field order; `load` gives the same data back."""
     return OmegaConf.to_yaml(OmegaConf.create(_escaped(dump(obj))), sort_keys=False)
-
-
-# ---- reading
-
-
-def _yaml_problem(error: yaml.YAMLError) -> str:
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        return f"line {error.problem_mark.line + 1}: {error.problem}"
-    return f"not YAML: {str(error).splitlines()[0]}"
-
-
-def _parse(override: str) -> tuple[list[str], Any]:
-    found = re.fullmatch(r"([^\s.=]+(?:\.[^\s.=]+)*)=(.*)", override, re.DOTALL)
-    if found is None:
-        raise UserError(f"override {override!r} should look like path.to.key=value")
-    path, text = found.groups()
-    if not text.strip():
-        raise UserError(f"override {override!r} has no value (write null, or '\"\"' for an empty string)")
-    try:
-        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        reason = _yaml_problem(error) if isinstance(error, yaml.YAMLError) else str(error).splitlines()[0]
-        raise UserError(f"override {override!r} cannot be read: {reason}") from error
-    return path.split("."), value["value"]  # type: ignore[call-overload,index]
-
-
-def _assign(root: dict[str, Any], path: list[str], value: Any) -> None:
-    node: Any = root
-    for depth, part in enumerate(path[:-1]):
-        key = _key_in(node, part, path, depth)
-        child = node[key] if isinstance(node, list) else node.get(key)
-        if isinstance(child, str) and "${" not in child:
-            child = {"name": child}
-        elif child is not None and not isinstance(child, dict | list):
-            raise UserError(
-                f"{'.'.join(path)} cannot be set: {'.'.join(path[: depth + 1])} is {short(child)}"
-            )
-        node[key] = {} if child is None else child
-        node = node[key]
-    key = _key_in(node, path[-1], path, len(path) - 1)
-    if isinstance(node, dict):
-        old = node.get(key)
-        if isinstance(value, str) and isinstance(old, dict) and "name" in old:
-            node, key, old = old, "name", old["name"]
-        if key == "name" and value != old:
-            node.clear()
-    node[key] = value
-
-
-def _key_in(node: Any, part: str, path: list[str], depth: int) -> Any:
-    if isinstance(node, dict):
-        return next((key for key in node if str(key) == part), part)
-    if part.isdecimal() and int(part) < len(node):
-        return int(part)
-    where = ".".join(path[:depth])
-    raise UserError(
-        f"{'.'.join(path)} cannot be set: {where} is a list with {len(node)} entries (0 is the first)"
-    )
 
 
 # ---- building
@@ -194,8 +117,10 @@ def _object(cls: Any, data: Any, where: str, problems: list[str], fallback: Any 
         problems.append(f"{where or 'recipe'}: should be {wanted}, got {short(data)}")
         return None
     if is_plugin:
-        cls = _chosen(cls, data, where, problems, fallback)
-        if cls is None:
+        try:
+            cls = _chosen(cls, data, fallback)
+        except UserError as error:
+            problems.append(f"{join(where, 'name')}: {error}")
             return None
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     if "name" in fields:
@@ -225,38 +150,23 @@ def _object(cls: Any, data: Any, where: str, problems: list[str], fallback: Any 
         return None
 
 
-def _chosen(
-    family: type[Plugin], data: Mapping[str, Any], where: str, problems: list[str], fallback: Any
-) -> Any:
-    """The class that ``data`` names; None after a problem."""
-    name = data.get("name", MISSING)
-    found: type[Plugin] | None = None
-    if name is MISSING and isinstance(fallback, family):
-        return type(fallback)
-    if name is MISSING and family.name:
-        return family
-    if name is MISSING:
-        problem = f"required, but missing (allowed: {', '.join(names(family))})"
-    elif not isinstance(name, str):
-        problem = f"should be a string, got {short(name)}"
-    else:
-        try:
-            found = lookup(family, name)
-        except UserError as error:
-            problem = str(error)
-        else:
-            if not issubclass(found, family):
-                problem = f"{name!r} is not a {family.__name__}"
-            elif (
-                "family" in vars(found)
-                or "__dataclass_fields__" not in vars(found)
-                or inspect.isabstract(found)
-            ):
-                problem = f"{name!r} cannot be used: it should be a @dataclass without abstract methods"
-            else:
-                return found
-    problems.append(f"{join(where, 'name')}: {problem}")
-    return None
+def _chosen(family: type[Plugin], data: Mapping[str, Any], fallback: Any) -> type[Plugin]:
+    """The class that ``data`` names."""
+    if "name" not in data:
+        if isinstance(fallback, family):
+            return type(fallback)
+        if family.name:
+            return family
+        raise UserError(f"required, but missing (allowed: {', '.join(names(family))})")
+    name = data["name"]
+    if not isinstance(name, str):
+        raise UserError(f"should be a string, got {short(name)}")
+    found = lookup(family, name)
+    if not issubclass(found, family):
+        raise UserError(f"{name!r} is not a {family.__name__}")
+    if "family" in vars(found) or "__dataclass_fields__" not in vars(found) or inspect.isabstract(found):
+        raise UserError(f"{name!r} cannot be used: it should be a @dataclass without abstract methods")
+    return found
 
 
 def _value(annotation: Any, data: Any, path: str, problems: list[str], default: Any = MISSING) -> Any:
@@ -270,17 +180,15 @@ def _value(annotation: Any, data: Any, path: str, problems: list[str], default: 
     if origin in (Union, UnionType) and len(args) == 2 and NoneType in args:
         part = args[0] if args[1] is NoneType else args[1]
         return None if data is None else _value(part, data, path, problems, default)
+    if origin is list and isinstance(data, list):
+        return [_value(args[0], item, join(path, i), problems) for i, item in enumerate(data)]
+    if origin is dict and isinstance(data, Mapping):
+        keys = [check(args[0], key, join(path, key), problems) for key in data]
+        items = [_value(args[1], item, join(path, key), problems) for key, item in data.items()]
+        return dict(zip(keys, items, strict=True))
     if origin in (list, dict):
-        wanted, kind = (list, "list") if origin is list else (Mapping, "mapping")
-        if not isinstance(data, wanted):
-            problems.append(f"{path}: should be a {kind}, got {short(data)}")
-            return None
-        if origin is list:
-            return [_value(args[0], item, join(path, i), problems) for i, item in enumerate(data)]
-        return {
-            check(args[0], key, join(path, key), problems): _value(args[1], item, join(path, key), problems)
-            for key, item in data.items()
-        }
+        problems.append(f"{path}: should be a {'list' if origin is list else 'mapping'}, got {short(data)}")
+        return None
     if origin is not None:
         raise TypeError(f"{path}: parts can be X, X | None, list[X] or dict[str, X], not {annotation}")
     return _object(annotation, data, path, problems, None if default is MISSING else default)
@@ -294,6 +202,7 @@ def has_parts(annotation: Any) -> bool:
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:
+    """The default of a field, MISSING if it has none."""
     return field.default if field.default_factory is MISSING else field.default_factory()
 
 
@@ -301,6 +210,7 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
 
 
 def plain(value: Any) -> Any:
+    """Dictionaries, lists and scalars in place of dataclasses, tuples, sets, enums and paths."""
     if dataclasses.is_dataclass(value):
         fields = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
         return {"name": name_of(type(value)), **fields} if isinstance(value, Plugin) else fields
@@ -316,6 +226,7 @@ def plain(value: Any) -> Any:
 
 
 def name_of(cls: type[Plugin]) -> str:
+    """What a recipe calls this plug-in (see `dump`)."""
     registered = cls.known.get(cls.name) is cls
     here = cls.__module__.startswith(f"{__package__}.")
     return cls.name if registered and here else f"{cls.__module__}:{cls.__qualname__}"

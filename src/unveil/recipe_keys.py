@@ -24,7 +24,7 @@ class Key:
 
     Attributes:
         path: dotted path, as in an override.
-        type: the accepted values in words, e.g. ``float > 0`` or ``lcr | rcr`` (the short names of a plug-in).
+        type: the accepted values in words, as ``float > 0`` or ``lcr | rcr`` (the short names of plug-ins).
         default: the value in JSON notation, a plug-in's name, or ``[...]`` for a list whose entries follow;
             None if the key is required.
         doc: docstring of the field, "" without one.
@@ -54,7 +54,8 @@ def _keys(cls: Any, instance: Any, where: str) -> Iterator[Key]:
 
 
 def _entry(annotation: Any, value: Any, path: str, doc: str = "") -> Iterator[Key]:
-    if value is MISSING and dataclasses.is_dataclass(annotation) and not issubclass(annotation, Plugin):  # type: ignore[arg-type]
+    is_class = isinstance(annotation, type) and dataclasses.is_dataclass(annotation)
+    if value is MISSING and is_class and not issubclass(annotation, Plugin):
         yield from _keys(annotation, None, path)
         return
     is_part = dataclasses.is_dataclass(value)
@@ -62,7 +63,7 @@ def _entry(annotation: Any, value: Any, path: str, doc: str = "") -> Iterator[Ke
         yield Key(path=path, type=_type_text(annotation), default=_default_text(annotation, value), doc=doc)
     if is_part:
         yield from _keys(type(value), value, path)
-    elif value and has_parts(annotation):
+    elif value is not MISSING and value and has_parts(annotation):
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _entry(type(item), item, join(path, key))
 
@@ -101,9 +102,8 @@ def _type_text(annotation: Any) -> str:
     if origin in (Union, UnionType):
         return " | ".join(map(_type_text, args))
     if origin is not None:
-        return (
-            f"{origin.__name__}[{', '.join('...' if arg is Ellipsis else _type_text(arg) for arg in args)}]"
-        )
+        inner = ", ".join("..." if arg is Ellipsis else _type_text(arg) for arg in args)
+        return f"{origin.__name__}[{inner}]"
     if isinstance(annotation, type) and issubclass(annotation, Plugin):
         return annotation.name or " | ".join(names(annotation))
     return getattr(annotation, "__name__", str(annotation))

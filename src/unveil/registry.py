@@ -85,7 +85,7 @@ def _from_path(family: type[P], path: str) -> type[P]:
     module_name, _, attribute = path.partition(":")
     try:
         found = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:  # the last two: ':X', '.x:Y'
         raise UserError(f"{family.family} {path!r} cannot be imported: {error}") from error
     if not (isinstance(found, type) and issubclass(found, family)):
         raise UserError(f"{path!r} is not a {family.family} (a subclass of {family.__module__}.{family.__name__})")

@@ -31,7 +31,7 @@ def joint() -> Tensor:
 
 @pytest.fixture(scope="module")
 def denoiser(joint: Tensor) -> Tensor:
-    """Logits of the exact conditionals at each of the 64 canvases (64, L, V + 1), with a tempting mask class."""
+    """Logits of the exact conditionals at every canvas (64, L, V + 1), with a tempting mask class."""
     logits = torch.full((len(CANVASES), L, V + 1), 9.0, dtype=torch.float64)
     for row, canvas in enumerate(CANVASES.tolist()):
         known = [slice(None) if token == MASK else slice(token, token + 1) for token in canvas]

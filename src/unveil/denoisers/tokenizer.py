@@ -52,6 +52,9 @@ class TextTokenizer:
     def __len__(self) -> int:
         return self.backend.get_vocab_size()
 
+    def __contains__(self, token: str) -> bool:
+        return self.backend.token_to_id(token) is not None
+
     def id(self, token: str) -> int:
         found = self.backend.token_to_id(token)
         if found is None:

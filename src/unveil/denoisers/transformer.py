@@ -33,8 +33,11 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         for key, value in dataclasses.asdict(self).items():
-            if value <= 0:
-                raise UserError(f"{key}: should be greater than 0, got {value}")
+            kinds: tuple[type, ...] = (int, float) if key == "rope_base" else (int,)
+            if isinstance(value, bool) or not isinstance(value, kinds):
+                raise UserError(f"{key}: should be {'a number' if len(kinds) > 1 else 'an integer'}, got {value!r}")
+            if not 0 < value < float("inf"):
+                raise UserError(f"{key}: should be greater than 0 and finite, got {value}")
         if self.dim % self.heads or (self.dim // self.heads) % 2:
             raise UserError(f"heads: {self.heads} must divide dim={self.dim} into even head sizes")
 
@@ -144,7 +147,15 @@ class TransformerDenoiser(MaskedDenoiser):
         allowed = {field.name for field in dataclasses.fields(TransformerConfig)}
         if unknown := sorted(set(settings) - allowed):
             raise UserError(f"{folder / 'config.json'}: unknown key {unknown[0]!r} (allowed: {', '.join(sorted(allowed))})")
-        denoiser = cls(TransformerConfig(**settings), TextTokenizer.load(folder / "tokenizer.json"))
+        try:
+            config = TransformerConfig(**settings)
+        except UserError as error:
+            raise UserError(f"{folder / 'config.json'}: {error}") from error
+        tokenizer = TextTokenizer.load(folder / "tokenizer.json")
+        for token in (MASK, PAD, END, UNKNOWN):
+            if token not in tokenizer:
+                raise UserError(f"{folder / 'tokenizer.json'}: the vocabulary lacks {token}")
+        denoiser = cls(config, tokenizer)
         load_weights(denoiser, folder / "model.safetensors")
         return denoiser
 

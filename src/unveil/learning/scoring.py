@@ -1,16 +1,96 @@
-"""Log-probabilities of chosen tokens from features, without ever holding (N, V) logits of a large vocabulary."""
+"""Log-probabilities of tokens from features, without ever holding the logits of all of them.
+
+A vocabulary of 126k makes logits (N, V) the largest tensor of training: 0.5 MB a position in float32, several times over
+in the backward pass. Here the head runs on a few rows at a time and is run again in the backward pass, so that the peak
+follows the rows of one chunk and not N.
+"""
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from unveil.denoisers.base import MaskedDenoiser
 from unveil.processes.masked import token_log_prob
 
+CHUNK_ELEMENTS = 2**24
+"""Logits that may exist at a time: 132 rows of a vocabulary of 126k, 64 MiB in float32."""
 
-def score_tokens(denoiser: MaskedDenoiser, features: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    logits = denoiser.head(features).float()
+
+@overload
+def score_tokens(
+    denoiser: MaskedDenoiser,
+    features: Tensor,
+    tokens: Tensor,
+    temperature: float = 1.0,
+    *,
+    chunk_rows: int | None = None,
+    entropy: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def score_tokens(
+    denoiser: MaskedDenoiser,
+    features: Tensor,
+    tokens: Tensor,
+    temperature: float = 1.0,
+    *,
+    chunk_rows: int | None = None,
+    entropy: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def score_tokens(
+    denoiser: MaskedDenoiser,
+    features: Tensor,
+    tokens: Tensor,
+    temperature: float = 1.0,
+    *,
+    chunk_rows: int | None = None,
+    entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """log softmax(head(features (N, D)) / temperature)[tokens (N,)], (N,) float32.
+
+    Args:
+        denoiser: supplies the head; its weights receive gradients as usual.
+        features: of the scored positions (N, D).
+        tokens: (N,).
+        temperature: of the policy that drew the tokens.
+        chunk_rows: rows per chunk; by default as many as `CHUNK_ELEMENTS` logits allow.
+        entropy: also return the entropy of softmax(head(features) / temperature), (N,) float32 in nats, without gradient.
+
+    Raises:
+        ValueError: the temperature is not positive, or chunk_rows is less than 1.
+    """
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
+    size = chunk_rows or max(1, CHUNK_ELEMENTS // denoiser.spec.vocab_size)
+    recompute = len(features) > size and torch.is_grad_enabled()
+    scored, entropies = [], []
+    for part, token in zip(features.split(size), tokens.split(size), strict=True):
+        arguments = (denoiser, part, token, temperature, entropy)
+        if recompute:
+            log_prob, spread = checkpoint(_score_rows, *arguments, use_reentrant=False, preserve_rng_state=False)
+        else:
+            log_prob, spread = _score_rows(*arguments)
+        scored.append(log_prob)
+        entropies.append(spread)
+    return (torch.cat(scored), torch.cat(entropies)) if entropy else torch.cat(scored)
+
+
+def _score_rows(
+    denoiser: MaskedDenoiser, features: Tensor, tokens: Tensor, temperature: float, entropy: bool
+) -> tuple[Tensor, Tensor]:
+    logits = denoiser.head(features)
+    log_prob = token_log_prob(logits, tokens, temperature)
     with torch.no_grad():
-        entropy = torch.special.entr((logits / temperature).softmax(-1)).sum(-1)
-    return token_log_prob(logits, tokens, temperature), entropy
+        if not entropy:
+            return log_prob, log_prob.new_empty(0)
+        scaled = logits.detach().float() / temperature
+        probs = scaled.softmax(-1)
+        # p log p of a forbidden token is 0 * -inf; entr knows that limit and needs no log-softmax beside the softmax.
+        return log_prob, torch.special.entr(probs).sum(-1)

@@ -256,6 +256,8 @@ class _Chains:
         first_hole = torch.where(holes, torch.arange(ends.shape[1], device=ends.device), ends.shape[1]).amin(1)
         stopped = (first_end < first_hole)[:, None] & holes
         response.masked_fill_(stopped, self.denoiser.spec.end_ids[0])
+        came = self.step_map[self.rows, : ends.shape[1]]
+        self.step_map[self.rows, : ends.shape[1]] = torch.where(stopped, len(self.active), came)
         return holes & ~stopped
 
     def _leave(self, done: Tensor, response: Tensor) -> None:

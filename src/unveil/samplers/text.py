@@ -23,11 +23,11 @@ def response_ids(denoiser: MaskedDenoiser, text: str, length: int) -> list[int]:
     """Ids of a written response, filled up with end tokens to ``length`` (the padding that training sees).
 
     Raises:
-        ValueError: the text and one end token do not fit.
+        ValueError: the text does not fit.
     """
     ids = denoiser.tokenizer.encode(text)
-    if len(ids) + 1 > length:
-        raise ValueError(f"a response of {len(ids)} tokens and its end token do not fit into {length}: {text!r}")
+    if len(ids) > length:
+        raise ValueError(f"a response of {len(ids)} tokens does not fit into {length}: {text!r}")
     return ids + [denoiser.spec.end_ids[0]] * (length - len(ids))
 
 

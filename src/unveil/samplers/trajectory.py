@@ -31,14 +31,14 @@ class Trajectory:
         active: (B, S) True where step s of chain b happened.
         forwards: network evaluations, counted per sequence (NFE).
         mask_id: the id of the hole.
-        states: (B, S, R) the response before step s.
-        guesses: (B, S, R) the full guess of x_0 at step s: the drawn token at holes, the state elsewhere.
+        states: (B, S, R) the response before step s; the finished response where the chain was done.
+        guesses: (B, S, R) the full guess of x_0 at step s: the drawn token at the holes that were read, the state elsewhere.
         confidence: (B, S, R) what the rule ranked by at the holes that were read, 0 elsewhere.
         log_prob: (B, S, R) log-probability of the guess at the holes that were read (tempered, unfiltered), 0 elsewhere.
         revealed: (B, S, R) True where step s turned a hole into a token.
         taken_back: (B, S, R) True where step s turned a token into a hole.
-        step_map: (B, R) the step at which each token came, -1 where it was given. Only exact for rules that never
-            take back; then it replaces ``states``.
+        step_map: (B, R) the step at which each token came, -1 where it was given; the chain's number of steps where
+            ``stop_at_end`` filled up the rest. Only exact for rules that never take back; then it replaces ``states``.
     """
 
     prompt_ids: Tensor
@@ -108,7 +108,7 @@ class Trajectory:
             raise UserError(f"{path}: not a readable trajectory file: {error}") from error
         try:
             return cls(**tensors, **json.loads(metadata["unveil.trajectory"]))
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise UserError(f"{path}: not a trajectory file of this version: {error}") from error
 
 
@@ -122,7 +122,8 @@ def concatenate(parts: list[Trajectory]) -> Trajectory:
             joined[name] = None
             continue
         if name == "active" or (name in OPTIONAL and name != "step_map"):
-            values = [_pad_steps(value, steps) for value in values]
+            idle = [part.response_ids if name in ("states", "guesses") else None for part in parts]
+            values = [_pad_steps(value, steps, rest) for value, rest in zip(values, idle, strict=True)]
         joined[name] = torch.cat(values)
     return Trajectory(**joined, forwards=sum(part.forwards for part in parts), mask_id=parts[0].mask_id)  # type: ignore[arg-type]
 
@@ -142,6 +143,9 @@ def check_needs(needs: Iterable[str], never_takes_back: bool) -> frozenset[str]:
     return wanted
 
 
-def _pad_steps(value: Tensor, steps: int) -> Tensor:
+def _pad_steps(value: Tensor, steps: int, idle: Tensor | None) -> Tensor:
+    """``value`` (B, S, ...) for more steps: filled with the finished responses ``idle`` (B, R), or with zeros."""
     missing = steps - value.shape[1]
-    return torch.cat([value, value.new_zeros(value.shape[0], missing, *value.shape[2:])], dim=1)
+    if idle is None:
+        return torch.cat([value, value.new_zeros(value.shape[0], missing, *value.shape[2:])], dim=1)
+    return torch.cat([value, idle[:, None].expand(-1, missing, -1).to(value.dtype)], dim=1)

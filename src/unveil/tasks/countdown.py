@@ -79,7 +79,7 @@ class Countdown(Task, name="countdown"):
         rng = random.Random(f"countdown/{split}/{seed}")
         found: dict[str, Problem] = {}
         multisets = comb(self.max_number + self.numbers - 1, self.numbers)
-        futile, patience = 0, 5_000 if multisets <= _MAX_LISTED_MULTISETS else 1_000_000
+        futile, patience = 0, 5_000 if multisets <= _MAX_LISTED_MULTISETS else 300_000
         while len(found) < count and futile < patience:
             numbers = [1 + int(rng.random() * self.max_number) for _ in range(self.numbers)]
             futile += 1
@@ -205,17 +205,20 @@ def written_steps(tree: Node) -> list[str]:
 
 
 def written_expression(tree: Node) -> str:
-    """``( 12 + 7 ) * 3``. Parentheses only where without them another order of results would be read.
+    """``( 12 + 7 ) * 3``: read from left to right it gives the results of the tree and no others.
 
-    Sums of sums and products of products need none: all their partial results stay below the whole.
+    Parentheses stand only where that needs them: 3 + (8 - 2) is written ``8 - 2 + 3``.
     """
     if tree.left is None or tree.right is None:
         return str(tree.value)
-    left, right = written_expression(tree.left), written_expression(tree.right)
-    if tree.sign in "*/" and tree.left.sign in ("+", "-"):
+    weak, first, second = ("+", "-"), tree.left, tree.right
+    bind_alike = weak if tree.sign in weak else ("*", "/")
+    if tree.sign in "+*" and second.sign in bind_alike and first.sign not in bind_alike:
+        first, second = second, first
+    left, right = written_expression(first), written_expression(second)
+    if tree.sign not in weak and first.sign in weak:
         left = f"( {left} )"
-    bare_right = {"+": ("", "+", "*", "/"), "-": ("", "*", "/"), "*": ("", "*"), "/": ("",)}[tree.sign]
-    if tree.right.sign not in bare_right:
+    if second.sign in (*weak, *bind_alike):
         right = f"( {right} )"
     return f"{left} {tree.sign} {right}"
 

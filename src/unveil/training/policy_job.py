@@ -258,7 +258,11 @@ class PolicyJob:
         row, column = (index.to(device) for index in views.scored.nonzero(as_tuple=True))
         targets = views.targets.to(device)[row, column]
         return score_tokens(
-            self.denoiser, features[row, views.prompt_width + column], targets, self.policy.rollout.sampler.temperature
+            self.denoiser,
+            features[row, views.prompt_width + column],
+            targets,
+            self.policy.rollout.sampler.temperature,
+            entropy=True,
         )
 
     def _losses(self, batch: _Batch) -> Iterator[Callable[[], Tensor]]:

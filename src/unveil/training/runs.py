@@ -159,13 +159,14 @@ def _run(
     elif run.exists() and any(run.iterdir()):
         raise UserError(f"{run}: the run folder is occupied (allowed: a new folder, or --resume to continue this run)")
     job = make(_draft_log(run))
+    if resume:
+        # Before anything is written: a checkpoint that does not fit must leave the run as it is.
+        trainer.resume(job)
     run.mkdir(parents=True, exist_ok=True)
-    if not resume and main:
+    if main:
         write_text(run / "recipe.yaml", to_yaml(recipe))
     log = RunLog(run, recipe.log if main else LogConfig(tensorboard=False), resume_at=resume_at if main else None, title=run.name)
     job.log = log  # type: ignore[attr-defined]
-    if resume:
-        trainer.resume(job)
     if main:
         log.info(_facts(system, recipe.seed))
     finished = False

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -214,7 +215,7 @@ class Trainer:
         self.bad_steps += 1
         message = f"update {self.done + 1}: loss {loss}, gradient norm {norm}; gradient step skipped"
         if self.ranks.main:
-            print(f"warning: {message}", flush=True)
+            print(f"warning: {message}", file=sys.stderr, flush=True)
         if self.bad_steps >= self.optim.max_bad_steps:
             raise NumericalError(f"{message}, {self.bad_steps} in a row: stopped (the last checkpoint is good)")
 
@@ -291,4 +292,4 @@ class _Interruption:
             raise KeyboardInterrupt
         self.trainer.interrupted = True
         if self.trainer.ranks.main:
-            print("\nstopping after this update (again to stop at once)", flush=True)
+            print("\nstopping after this update (again to stop at once)", file=sys.stderr, flush=True)

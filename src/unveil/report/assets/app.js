@@ -35,6 +35,8 @@ function number(value) {
   return size < 1e-3 ? value.toExponential(2) : String(Number(value.toPrecision(4)));
 }
 
+const shortScore = (value) => (typeof value === "number" ? String(Number(value.toFixed(2))) : "–");
+
 function duration(seconds) {
   if (typeof seconds !== "number") return "–";
   const [hours, minutes] = [Math.floor(seconds / 3600), Math.floor((seconds % 3600) / 60)];
@@ -136,8 +138,8 @@ function drawSamples() {
   body.append(make("div", { class: "controls" }, fromLabel, toLabel, decoderLabel, filterLabel), count, table, more);
   const kinds = { gained: (a, b) => !a?.correct && b?.correct, lost: (a, b) => a?.correct && b && !b.correct, wrong: (a, b) => a && b && !a.correct && !b.correct, all: () => true };
   const answer = (label, sample) => make("td", { "data-label": label }, ...(sample
-    ? [mark(sample.correct), " ", make("span", { class: "mono" }, String(sample.completion ?? "")),
-      sample.score == null ? null : make("small", {}, `score ${number(sample.score)}`)] : ["–"]));
+    ? [mark(sample.correct), make("span", { class: "mono" }, String(sample.completion ?? "")),
+      sample.score == null ? null : make("small", {}, `score ${shortScore(sample.score)}`)] : ["–"]));
   function draw(whole) {
     const found = data.samples.filter((sample) => (sample.decoder ?? "default") === decoder.value);
     const at = (step) => new Map(found.filter((sample) => String(sample.step) === step).map((sample) => [sample.problem, sample]));
@@ -225,7 +227,7 @@ function strip(trajectory) {
     const bar = make("i");
     bar.style.height = `${6 + 34 * (step.score ?? (step.correct ? 1 : 0.3))}px`;
     const kind = step.correct == null ? "unknown" : step.correct ? "yes" : "no";
-    return make("div", { class: kind, title: `step ${index + 1}: ${kind === "yes" ? "right" : "wrong"}, score ${number(step.score)}`,
+    return make("div", { class: kind, title: `step ${index + 1}: ${kind === "yes" ? "right" : "wrong"}, score ${shortScore(step.score)}`,
       click: () => goTo(index + 1) }, bar, mark(step.correct));
   });
   return make("div", { class: `strip${bars.length > 24 ? " dense" : ""}`, "aria-hidden": "true" }, ...bars);
@@ -233,15 +235,14 @@ function strip(trajectory) {
 
 /** The panel of one choice {update, decoder}: its controls, and `draw(step)` for what changes with the step. */
 function panel(choice, label) {
-  const own = data.trajectories.filter((one) => one.problem === view.problem);
   const pick = (key, values, text) => fillSelect(make("select", { "aria-label": `${key} of ${label}`, change: (event) => {
     choice[key] = event.target.value;
     drawPanels();
   } }), values.map((value) => [String(value), text(value)]), String(choice[key]));
-  const updates = unique(own.map((one) => one.step));
+  const [updates, decoders] = ["step", "decoder"].map((key) => unique(data.trajectories.map((one) => one[key])));
   const node = make("article", { class: "panel", "aria-label": `trajectory ${label}` }, make("div", { class: "controls" }, make("h3", {}, label),
     make("label", {}, "update", pick("update", updates, (step) => (step === 0 ? "0 (base)" : String(step)))),
-    make("label", {}, "decoder", pick("decoder", unique(own.map((one) => one.decoder)), String))));
+    make("label", {}, "decoder", pick("decoder", decoders, String))));
   const trajectory = find(view.problem, choice.update, choice.decoder);
   if (!trajectory?.steps.length) {
     node.append(make("p", { class: "empty" }, "No trajectory for this choice."));
@@ -257,9 +258,9 @@ function panel(choice, label) {
     const step = trajectory.steps[index];
     tokens.replaceChildren(...step.tokens.map((_, place) => tokenBox(trajectory, index, place)));
     const text = make("span", { class: "mono guess-text" }, step.text ?? (step.guess ?? []).join(" "));
-    const score = step.score == null ? null : make("small", {}, `score ${number(step.score)}`);
-    guess.replaceChildren(make("dt", {}, `guess at step ${index + 1}`), make("dd", {}, mark(step.correct), " ", text, score),
-      ...(trajectory.reference == null ? [] : [make("dt", {}, "a solution"), make("dd", { class: "mono" }, trajectory.reference)]));
+    const score = step.score == null ? null : make("small", {}, `score ${shortScore(step.score)}`);
+    guess.replaceChildren(make("dt", {}, `guess at step ${index + 1}`), make("dd", {}, mark(step.correct), text, score),
+      ...(trajectory.reference == null ? [] : [make("dt", {}, "a solution"), make("dd", { class: "mono reference" }, trajectory.reference)]));
     [...bars.children].forEach((bar, place) => bar.classList.toggle("now", place === index));
     return `${label} ${step.correct == null ? "not judged" : step.correct ? "right" : "wrong"}`;
   };

@@ -47,6 +47,7 @@ function lineChart(host, lines, options) {
         values: (_, ticks) => ticks.map((tick) => (options.percent ? percent(tick, tick * 100 % 1 ? 1 : 0) : number(tick))) },
     ],
     series, bands,
+    padding: [8, 10, 0, 0],
     cursor: { y: false, drag: { x: true, y: false }, sync: options.x === "update" ? { key: "updates" } : undefined },
     hooks: { draw: [(plot) => options.level != null && drawLevel(plot, options.level)] },
   };
@@ -75,12 +76,12 @@ function drawLevel(plot, level) {
   context.restore();
 }
 
-/** Mean of y over the last `window` updates, at every x. */
+/** Mean of y over the `window` updates around every x. */
 function runningMean({ x, y }, window) {
-  let [start, sum, count] = [0, 0, 0];
-  return x.map((now, index) => {
-    if (y[index] != null) [sum, count] = [sum + y[index], count + 1];
-    for (; x[start] <= now - window; start++) if (y[start] != null) [sum, count] = [sum - y[start], count - 1];
+  let [start, end, sum, count] = [0, 0, 0, 0];
+  return x.map((middle, index) => {
+    for (; x[end] < middle + window / 2; end++) if (y[end] != null) [sum, count] = [sum + y[end], count + 1];
+    for (; x[start] < middle - window / 2; start++) if (y[start] != null) [sum, count] = [sum - y[start], count - 1];
     return count && y[index] != null ? sum / count : null;
   });
 }
@@ -117,7 +118,7 @@ const trainingCharts = () => [
   [{ title: "Reward", note: "training" }, () => [...inTraining("reward", "reward", "c1"), ...inTraining("score", "score", "c3")]],
   [{ title: "Over-denoising", note: "right on the way, wrong at the end", percent: true },
     () => [...inTraining("over_denoising", "training", "c0"), ...heldOut("over_denoising")]],
-  [{ title: "Groups without variance", note: "share of groups that teach nothing", percent: true, range: [0, 1], level: data.groups.limit },
+  [{ title: "Groups without variance", note: "share of all groups", percent: true, range: [0, 1], level: data.groups.limit },
     () => inTraining("zero_variance_groups", "share", "c2")],
   [{ title: "Reward spread in a group", note: "std" }, () => inTraining("group_reward_std", "std", "c2")],
   [{ title: "KL to the reference" }, () => inTraining("kl", "KL", "c4")],
@@ -152,11 +153,12 @@ function drawCurves() {
       "no variance in reward. Such a group has no advantage: harder or easier problems, or larger groups, would teach more."));
 }
 
-/** One chart for any key of the training lines, those that no other chart shows first. */
+/** One chart for any key of the training lines; the loss first, then keys that no other chart shows. */
 function drawAnyMeasure() {
   const shown = ["reward", "score", "accuracy", "over_denoising", "zero_variance_groups", "group_reward_std", "kl", "ratio_mean",
     "clip_low", "clip_high", "grad_norm", "entropy"];
-  const keys = Object.keys(data.train).sort((a, b) => shown.includes(a) - shown.includes(b));
+  const rank = (key) => (key === "loss" ? 0 : shown.includes(key) ? 2 : 1);
+  const keys = Object.keys(data.train).sort((a, b) => rank(a) - rank(b));
   const select = fillSelect(make("select", { "aria-label": "Measure", id: "measure" }), keys.map((key) => [key, key]), keys[0]);
   const { caption, draw } = figure(byId("charts"), { title: "Any measure" }, () => inTraining(select.value, select.value, "c0"));
   caption.append(select);
@@ -228,5 +230,5 @@ function drawGuesses() {
   ]);
   const best = last.reduce((top, value, step) => (value > last[top] ? step : top), 0);
   const drop = last[best] - last[steps - 1];
-  caption.append(make("small", {}, drop > 0.005 ? `lately best at step ${best + 1}, ${percent(drop)} lower at the end` : "lately best at the end"));
+  caption.append(make("small", {}, drop > 0.005 ? `at last best at step ${best + 1}, ${(100 * drop).toFixed(1)} points lower at the end` : "at last best at the end"));
 }

@@ -1,0 +1,1 @@
+"""Speed and memory against reference loops, measured side by side in one run."""

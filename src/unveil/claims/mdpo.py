@@ -1,0 +1,356 @@
+"""Claim check of MDPO and RCR (arXiv 2508.13148) on running sums; ``unveil reproduce mdpo``.
+
+Task: 8 digits mod 3, response = their 8 running sums, right if the last one is. Network: 2 layers, 64 wide, trained on
+random masks until greedy decoding in 4 steps passes 58 % (the task has a phase change, so it stops by score).
+
+1. MDPO against diffu-GRPO, greedy LCR in 4 steps on held-out prompts: at equal optimiser steps and at equal rollouts.
+   Both get the same grid of three learning rates, each chosen on a seed that is not reported.
+   Demand: MDPO's gain >= 2x diffu-GRPO's, and MDPO reaches diffu-GRPO's final accuracy in <= 1/5 of the optimiser steps.
+2. RCR against LCR without training. (a) the chain, lengths x steps: RCR >= LCR - 1.5 points everywhere in the mean.
+   (b) answer first (the last sum, then all sums; blocks of 3): RCR >= LCR + 8 points on every seed whose network is
+   good enough (LCR >= 80 % with one block of 5 steps, measured beforehand).
+3. The over-denoising rate falls with MDPO.
+4. Ablation of the advantage and of the step selection: reported, no demand.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unveil.claims.slots import SlotDenoiser
+from unveil.learning.objectives import Kl
+from unveil.learning.selectors import AllSteps, TopAdvantage
+from unveil.samplers.masked import MaskedSampler
+from unveil.samplers.rules import LowConfidence, RunningConfidence
+from unveil.seeds import generator
+from unveil.systems.diffu_grpo import DiffuGrpo
+from unveil.systems.mdpo import Mdpo, StepImprovement
+from unveil.tasks.base import Task
+from unveil.tasks.evaluate import evaluate
+from unveil.tasks.running_sum import RunningSum
+from unveil.training.denoising_job import DenoisingConfig, DenoisingEval, DenoisingJob, MixedTask
+from unveil.training.distribution import Ranks
+from unveil.training.log import LogConfig, RunLog
+from unveil.training.policy_job import PolicyConfig, PolicyEval, PolicyJob, RolloutConfig
+from unveil.training.snapshots import SnapshotConfig
+from unveil.training.trainer import CheckpointConfig, OptimConfig, Trainer
+
+LENGTH, STEPS = 8, 4
+LEARNING_RATES = (3e-5, 1e-4, 3e-4)
+TUNING_SEED = 1000
+HELD_OUT = 600
+"""Of the 656 prompts that no training ever sees."""
+GAIN_RATIO, UPDATE_SHARE = 2.0, 0.2
+CHAIN_SLACK, ANSWER_FIRST_GAIN, GOOD_ENOUGH = 0.015, 0.08, 0.80
+NEVER = 10**9
+
+Measured = dict[str, Any]
+
+
+def reproduce(seeds: int, quick: bool, out: Path, report: Callable[[str], None]) -> dict[str, Any]:
+    """Run all four checks; see the module docstring.
+
+    Args:
+        seeds: independent repetitions (networks and training).
+        quick: a third of the training and one learning rate for both methods: shows that everything runs, and how.
+        out: folder for networks and curves.
+        report: receives progress lines.
+
+    Returns:
+        name, verdict (holds | partly | fails), checks with demand and measured values per seed, cost, a Markdown table.
+    """
+    started = time.perf_counter()
+    numbers = list(range(seeds))
+    rates = LEARNING_RATES[1:2] if quick else LEARNING_RATES
+    updates = 30 if quick else 100
+    tuning = [] if quick else [TUNING_SEED]
+    with ProcessPoolExecutor(max_workers=min(2, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
+
+        def every(function: Callable[..., Measured], jobs: Sequence[tuple]) -> list[Measured]:
+            waiting = [pool.submit(function, *job) for job in jobs]
+            results = []
+            for future, job in zip(waiting, jobs, strict=True):
+                results.append(future.result())
+                report(f"{function.__name__.strip('_')} {' '.join(str(part) for part in job[1:] if part is not None)}: {results[-1]['line']}")
+            return results
+
+        every(_chain_network, [(out, seed, LENGTH) for seed in [*numbers, *tuning]])
+        methods = ("mdpo", "diffu_grpo equal steps", "diffu_grpo equal rollouts")
+        best = {method: rates[0] for method in methods}
+        if not quick:
+            jobs = [(out, TUNING_SEED, method, rate, updates) for method in methods for rate in rates]
+            for (_, _, method, rate, _), result in zip(jobs, every(_policy, jobs), strict=True):
+                tuned = best.setdefault(f"score {method}", -1.0)
+                if result["accuracy"] > tuned:
+                    best[method], best[f"score {method}"] = rate, result["accuracy"]
+        variants = ("mdpo terminal", "mdpo difference", "mdpo future", "mdpo all steps")
+        jobs = [(out, seed, method, best[method], updates) for seed in numbers for method in methods]
+        jobs += [(out, seed, method, best["mdpo"], updates) for seed in numbers for method in variants]
+        trained = every(_policy, jobs)
+        by_method = {m: [r for j, r in zip(jobs, trained, strict=True) if j[2] == m] for m in (*methods, *variants)}
+        chain = every(_chain_decoding, [(out, seed) for seed in numbers])
+        answer = every(_answer_first, [(out, seed) for seed in numbers])
+    checks = [
+        _against(by_method, "diffu_grpo equal steps", "1a MDPO against diffu-GRPO, equal optimiser steps"),
+        _against(by_method, "diffu_grpo equal rollouts", "1b MDPO against diffu-GRPO, equal rollouts"),
+        _chain_check(chain),
+        _answer_check(answer),
+        _over_denoising_check(by_method["mdpo"]),
+    ]
+    held = [check["holds"] for check in checks]
+    return {
+        "name": "mdpo",
+        "verdict": "holds" if all(held) else "partly" if any(held) else "fails",
+        "quick": quick,
+        "seeds": seeds,
+        "learning_rates": {method: best[method] for method in methods},
+        "checks": checks,
+        "cost": {
+            "seconds": time.perf_counter() - started,
+            "optimizer_steps": sum(r["optimizer_steps"] for r in trained),
+            "rollouts": sum(r["rollouts"] for r in trained),
+            "forwards": sum(r["forwards"] for r in trained),
+        },
+        "table": _table(by_method, best, chain, answer),
+    }
+
+
+def _chain_network(out: Path, seed: int, length: int) -> Measured:
+    """Train the chain network of a seed until it passes 58 % greedy in 4 steps."""
+    return _network(out / f"chain-{length}-{seed}", RunningSum(length=length), length, length, seed, goal=0.58, steps=length // 2)
+
+
+def _network(folder: Path, task: Task, prompt: int, response: int, seed: int, *, goal: float, steps: int) -> Measured:
+    torch.set_num_threads(1)
+    denoiser = SlotDenoiser(words=3, prompt=prompt, response=response)
+    if (folder / "model.safetensors").is_file():
+        return json.loads((folder / "result.json").read_text())
+    denoiser.initialise(generator(seed, "slots"))
+    trainer = _trainer(denoiser, lr=3e-3, updates=NEVER, folder=folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    log = RunLog(folder, LogConfig(tensorboard=False))
+    data = DenoisingConfig(tasks=[MixedTask(task=task)], response_length=response, batch=64)
+    job = DenoisingJob(trainer, data, DenoisingEval(), log, seed=seed)
+    sampler = MaskedSampler(steps=steps)
+    held_out = task.problems("test", 400, 1)
+    accuracy, update = 0.0, 0
+    while accuracy < goal and update < 4000:
+        for _ in range(20):
+            job.update(update, trainer.optimise)
+            update += 1
+        accuracy = evaluate(denoiser, task, held_out, sampler, response_length=response).accuracy
+    denoiser.save_pretrained(folder)
+    result = {"updates": update, "accuracy": accuracy, "line": f"{accuracy:.3f} after {update} updates"}
+    (folder / "result.json").write_text(json.dumps(result))
+    return result
+
+
+def _policy(out: Path, seed: int, method: str, lr: float, updates: int) -> Measured:
+    """Train one method from the network of a seed and follow its held-out accuracy."""
+    torch.set_num_threads(1)
+    task = RunningSum(length=LENGTH)
+    denoiser = SlotDenoiser(words=3, prompt=LENGTH, response=LENGTH).load(out / f"chain-{LENGTH}-{seed}")
+    inner = 4 if method.startswith("diffu_grpo") else 1
+    batches = updates // inner if method.endswith("equal steps") else updates
+    folder = out / f"{method.replace(' ', '-')}-{lr:g}-{seed}"
+    rollout = RolloutConfig(
+        sampler=MaskedSampler(steps=STEPS, temperature=1.0), response_length=LENGTH, prompts=16, group_size=8
+    )
+    choices = _choices(method, inner)
+    policy = PolicyConfig(task=task, rollout=rollout, **choices)
+    curve: list[tuple[int, float, float]] = []
+    trainer = _trainer(denoiser, lr=lr, updates=batches, folder=folder, every=max(1, batches // 20))
+    folder.mkdir(parents=True, exist_ok=True)
+    log = RunLog(folder, LogConfig(tensorboard=False))
+    decoders = {"lcr": MaskedSampler(steps=STEPS)}
+    job = PolicyJob(trainer, policy, PolicyEval(problems=HELD_OUT, decoders=decoders, shown=0), log, seed=seed)
+
+    def measure(update: int) -> None:
+        result = evaluate(denoiser, task, job.held_out, decoders["lcr"], response_length=LENGTH)
+        curve.append((trainer.cost.optimizer_steps, result.accuracy, result.over_denoising))
+
+    job.evaluate = measure  # type: ignore[method-assign]
+    trainer.fit(job, log)
+    log.close()
+    accuracy, before = curve[-1][1], curve[0][1]
+    return {
+        "curve": curve,
+        "accuracy": accuracy,
+        "base": before,
+        "gain": accuracy - before,
+        "over_denoising": (curve[0][2], curve[-1][2]),
+        "optimizer_steps": trainer.cost.optimizer_steps,
+        "rollouts": trainer.cost.rollouts,
+        "forwards": trainer.cost.forwards,
+        "seconds": trainer.cost.seconds,
+        "line": f"{before:.3f} -> {accuracy:.3f}",
+    }
+
+
+def _choices(method: str, inner: int) -> dict[str, Any]:
+    if method.startswith("diffu_grpo"):
+        return vars(DiffuGrpo(inner_updates=inner, kl=Kl(beta=0.0)))
+    chosen = Mdpo(selector=TopAdvantage(k=2), kl=Kl(beta=0.0))
+    ablated = {"mdpo terminal": "terminal", "mdpo difference": "difference", "mdpo future": "future"}
+    if method in ablated:
+        chosen.advantage = StepImprovement(terms=ablated[method])  # type: ignore[arg-type]
+    choices = dict(vars(chosen))
+    if method == "mdpo all steps":
+        choices["selector"] = AllSteps()
+    return choices
+
+
+def _chain_decoding(out: Path, seed: int) -> Measured:
+    """LCR and RCR on chains of two lengths at several step counts, no training."""
+    torch.set_num_threads(1)
+    cells = []
+    for length in (LENGTH, 10):
+        if length != LENGTH:
+            _chain_network(out, seed, length)
+        task = RunningSum(length=length)
+        denoiser = SlotDenoiser(words=3, prompt=length, response=length).load(out / f"chain-{length}-{seed}")
+        held_out = task.problems("test", HELD_OUT, 0)
+        for steps in (2, length // 2):
+            cell: Measured = {"length": length, "steps": steps}
+            for name, rule in _rules().items():
+                sampler = MaskedSampler(steps=steps, rule=rule)
+                cell[name] = evaluate(denoiser, task, held_out, sampler, response_length=length).accuracy
+            cells.append(cell)
+    gain = statistics.mean(cell["rcr"] - cell["lcr"] for cell in cells)
+    return {"cells": cells, "gain": gain, "line": f"RCR - LCR {gain:+.3f} in the mean"}
+
+
+def _answer_first(out: Path, seed: int) -> Measured:
+    """LCR and RCR where the answer has to be written before the sums that it follows from."""
+    torch.set_num_threads(1)
+    task = RunningSum(length=LENGTH, answer_first=True)
+    response = LENGTH + 1
+    folder = out / f"answer-first-{seed}"
+    network = _network(folder, task, LENGTH, response, seed, goal=0.90, steps=5)
+    denoiser = SlotDenoiser(words=3, prompt=LENGTH, response=response).load(folder)
+    held_out = task.problems("test", HELD_OUT, 0)
+    result: Measured = {"updates": network["updates"]}
+
+    def accuracy(sampler: MaskedSampler) -> float:
+        return evaluate(denoiser, task, held_out, sampler, response_length=response).accuracy
+
+    result["one block"] = accuracy(MaskedSampler(steps=5))
+    for name, rule in _rules().items():
+        result[name] = accuracy(MaskedSampler(steps=9, block_length=3, rule=rule))
+    result["line"] = f"LCR {result['lcr']:.3f} RCR {result['rcr']:.3f} (one block {result['one block']:.3f})"
+    return result
+
+
+def _rules() -> dict[str, Any]:
+    return {"lcr": LowConfidence(), "rcr": RunningConfidence(), "rcr max": RunningConfidence(running="max")}
+
+
+def _trainer(denoiser: SlotDenoiser, *, lr: float, updates: int, folder: Path, every: int = NEVER) -> Trainer:
+    optim = OptimConfig(lr=lr, max_grad_norm=1.0, microbatch=512)
+    checkpoints = CheckpointConfig(every=NEVER, keep=1)
+    return Trainer(
+        denoiser, optim, checkpoints, SnapshotConfig(), updates=updates, eval_every=every, run=folder, ranks=Ranks()
+    )
+
+
+def _against(by_method: dict[str, list[Measured]], baseline: str, name: str) -> Measured:
+    ours, theirs = by_method["mdpo"], by_method[baseline]
+    gain, other = (statistics.mean(r["gain"] for r in results) for results in (ours, theirs))
+    shares = [_share_of_steps(mine, other_run) for mine, other_run in zip(ours, theirs, strict=True)]
+    typical = statistics.median(shares)
+    return {
+        "name": name,
+        "demand": f"gain >= {GAIN_RATIO:g}x the baseline's (and > 0), its final accuracy within {UPDATE_SHARE:g} of its steps",
+        "measured": f"gain {100 * gain:+.1f} against {100 * other:+.1f} points; median share of steps {typical:.2f}",
+        "holds": gain > 0 and gain >= GAIN_RATIO * max(other, 0.0) and typical <= UPDATE_SHARE,
+        "per_seed": [
+            {"base": mine["base"], "mdpo": mine["accuracy"], "diffu_grpo": other_run["accuracy"], "share_of_steps": share}
+            for mine, other_run, share in zip(ours, theirs, shares, strict=True)
+        ],
+    }
+
+
+def _share_of_steps(ours: Measured, theirs: Measured) -> float:
+    """Optimiser steps after which MDPO first has the baseline's final accuracy, as a share of the baseline's steps."""
+    reached = [steps for steps, accuracy, _ in ours["curve"] if accuracy >= theirs["accuracy"]]
+    return min(reached) / theirs["optimizer_steps"] if reached else float("inf")
+
+
+def _chain_check(results: list[Measured]) -> Measured:
+    cells: dict[tuple[int, int], list[float]] = {}
+    for result in results:
+        for cell in result["cells"]:
+            cells.setdefault((cell["length"], cell["steps"]), []).append(cell["rcr"] - cell["lcr"])
+    worst = min(cells, key=lambda key: statistics.mean(cells[key]))
+    value = statistics.mean(cells[worst])
+    return {
+        "name": "2a RCR against LCR, chain in one block, lengths x steps",
+        "demand": f"mean difference >= {-100 * CHAIN_SLACK:g} points in every cell",
+        "measured": f"worst cell (length {worst[0]}, {worst[1]} steps): {100 * value:+.1f} points",
+        "holds": value >= -CHAIN_SLACK,
+        "per_seed": [result["cells"] for result in results],
+    }
+
+
+def _answer_check(results: list[Measured]) -> Measured:
+    good = [result for result in results if result["one block"] >= GOOD_ENOUGH]
+    gains = [result["rcr"] - result["lcr"] for result in good]
+    listed = ", ".join(f"{100 * gain:+.1f}" for gain in gains) or "no network was good enough"
+    return {
+        "name": "2b RCR against LCR, answer before its derivation",
+        "demand": f">= {100 * ANSWER_FIRST_GAIN:+g} points on every network with >= {100 * GOOD_ENOUGH:g} % in one block",
+        "measured": f"{listed} points ({len(good)} of {len(results)} networks)",
+        "holds": bool(gains) and min(gains) >= ANSWER_FIRST_GAIN,
+        "per_seed": [{k: v for k, v in result.items() if k != "line"} for result in results],
+    }
+
+
+def _over_denoising_check(results: list[Measured]) -> Measured:
+    pairs = [result["over_denoising"] for result in results]
+    before, after = (statistics.mean(pair[side] for pair in pairs) for side in (0, 1))
+    return {
+        "name": "3 over-denoising rate",
+        "demand": "lower after MDPO, in the mean over seeds",
+        "measured": f"{100 * before:.1f} % -> {100 * after:.1f} %",
+        "holds": after < before,
+        "per_seed": [{"before": pair[0], "after": pair[1]} for pair in pairs],
+    }
+
+
+def _table(by_method: dict[str, list[Measured]], best: dict[str, float], chain: list[Measured], answer: list[Measured]) -> str:
+    lines = [
+        "| method | lr | accuracy % (mean ± sd) | gain | over-denoising % | optimiser steps | rollouts | forwards | seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    base = [result["base"] for result in by_method["mdpo"]]
+    rate = 100 * statistics.mean(r["over_denoising"][0] for r in by_method["mdpo"])
+    lines.append(f"| base | | {_spread(base)} | | {rate:.1f} | | | | |")
+    for method, results in by_method.items():
+        mean = {key: statistics.mean(r[key] for r in results) for key in ("gain", "optimizer_steps", "rollouts", "forwards", "seconds")}
+        end = 100 * statistics.mean(r["over_denoising"][1] for r in results)
+        lines.append(
+            f"| {method} | {best.get(method, best['mdpo']):g} | {_spread([r['accuracy'] for r in results])} | {100 * mean['gain']:+.1f} "
+            f"| {end:.1f} | {mean['optimizer_steps']:.0f} | {mean['rollouts']:.0f} | {mean['forwards']:.0f} | {mean['seconds']:.0f} |"
+        )
+    lines += ["", "| decoding without training | LCR % | RCR (last) % | RCR (max) % |", "|---|---|---|---|"]
+    for place, cell in enumerate(chain[0]["cells"]):
+        columns = [_spread([result["cells"][place][rule] for result in chain]) for rule in _rules()]
+        lines.append(f"| chain of {cell['length']}, {cell['steps']} steps | {' | '.join(columns)} |")
+    columns = [_spread([result[rule] for result in answer]) for rule in _rules()]
+    lines.append(f"| answer first, 3 blocks of 3 | {' | '.join(columns)} |")
+    return "\n".join(lines)
+
+
+def _spread(values: list[float]) -> str:
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{100 * statistics.mean(values):.1f} ± {100 * deviation:.1f}"

@@ -1,0 +1,76 @@
+"""The tiny denoiser of claim checks: response slot i sees prompt token i and response token i as one sum of embeddings.
+
+With prompt and response in slots of their own a small network needs long to learn which prompt token belongs to which
+response token; that is not what the claims are about.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from unveil.denoisers.base import DenoiserSpec, MaskedDenoiser
+from unveil.denoisers.tokenizer import END, MASK, PAD, UNKNOWN, TextTokenizer
+from unveil.denoisers.transformer import Block, TransformerConfig, load_weights
+
+
+class SlotDenoiser(MaskedDenoiser):
+    """A bidirectional transformer over response slots; ``lead`` slots in front have no prompt token."""
+
+    def __init__(self, *, words: int, prompt: int, response: int, dim: int = 64, layers: int = 2) -> None:
+        super().__init__()
+        self.tokenizer = TextTokenizer.of_words([str(word) for word in range(words)])
+        ids = {token: self.tokenizer.id(token) for token in (MASK, PAD, END, UNKNOWN)}
+        self.prompt, self.response = prompt, response
+        self.spec = DenoiserSpec(
+            vocab_size=len(self.tokenizer),
+            mask_id=ids[MASK],
+            pad_id=ids[PAD],
+            end_ids=(ids[END],),
+            forbidden_ids=tuple(ids.values()),
+            context_length=prompt + response,
+        )
+        config = TransformerConfig(dim=dim, layers=layers, heads=4, hidden=2 * dim, context_length=response)
+        self.prompt_embedding = nn.Embedding(len(self.tokenizer), dim)
+        self.response_embedding = nn.Embedding(len(self.tokenizer), dim)
+        self.slot_embedding = nn.Parameter(torch.zeros(response, dim))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(layers))
+        self.norm = nn.RMSNorm(dim, eps=1e-6)
+        self.unembedding = nn.Linear(dim, len(self.tokenizer), bias=False)
+        bias = torch.zeros(len(self.tokenizer))
+        bias[list(ids.values())] = -torch.inf
+        self.register_buffer("forbidden_bias", bias, persistent=False)
+        # Slots are told apart by their embeddings; the blocks' rotation stays the identity.
+        head_dim = dim // config.heads
+        self.register_buffer("cos", torch.ones(1, 1, response, head_dim), persistent=False)
+        self.register_buffer("sin", torch.zeros(1, 1, response, head_dim), persistent=False)
+
+    def initialise(self, generator: torch.Generator) -> None:
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.05, generator=generator)
+
+    def features(self, ids: Tensor, valid: Tensor) -> Tensor:
+        if ids.shape[1] != self.prompt + self.response:
+            raise ValueError(f"slots for {self.prompt} + {self.response} tokens, got a canvas of {ids.shape[1]}")
+        lead = self.response - self.prompt
+        x = self.response_embedding(ids[:, self.prompt :]) + self.slot_embedding
+        x = x + torch.cat([x.new_zeros(len(x), lead, x.shape[2]), self.prompt_embedding(ids[:, : self.prompt])], 1)
+        for block in self.blocks:
+            x = block(x, (self.cos, self.sin), None)
+        x = self.norm(x)
+        return torch.cat([x.new_zeros(len(x), self.prompt, x.shape[2]), x], 1)
+
+    def head(self, features: Tensor) -> Tensor:
+        return self.unembedding(features) + self.forbidden_bias
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_file({name: value.contiguous() for name, value in self.state_dict().items()}, Path(folder) / "model.safetensors")
+
+    def load(self, folder: Path) -> SlotDenoiser:
+        load_weights(self, folder / "model.safetensors")
+        return self

@@ -1,0 +1,261 @@
+"""`unveil decode`: text from a model, and how it came about."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unveil.cli.output import console
+from unveil.registry import UserError
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from unveil.denoisers.base import MaskedDenoiser
+    from unveil.samplers.trajectory import Trajectory
+
+SUMMARY = "complete prompts with a model; show or save the denoising trajectory"
+_MASK = "<mask>"
+_LONGEST = 64
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", metavar="MODEL", help="model folder, run folder, or name of an embedded model"
+    )
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be repeated")
+    given.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help='one prompt per line, or JSON lines with "prompt" (default: lines of stdin)',
+    )
+    parser.add_argument(
+        "--infill",
+        metavar="TEXT",
+        help=f"a response in which words stay and each {_MASK} is filled; gives the length",
+    )
+    parser.add_argument(
+        "--length", type=int, metavar="N",
+        help="response positions (default: as trained, where the model's recipe is at hand, else what "
+        f"the model's canvas leaves, at most {_LONGEST})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rule", default="lcr", metavar="NAME[:field=value,...]", help="decoding rule (default: lcr)"
+    )
+    parser.add_argument(
+        "--schedule", metavar="NAME[:field=value,...]", help="tokens per step (default: even)"
+    )
+    parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (default: one per position)")
+    parser.add_argument("--block", type=int, metavar="N", help="block length (default: full diffusion)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest (default: 0)"
+    )
+    parser.add_argument("--top-p", type=float, metavar="P", help="nucleus filter")
+    parser.add_argument("--top-k", type=int, metavar="K", help="top-k filter")
+    parser.add_argument(
+        "--rank-by", default="model", metavar="NAME", help="distribution of confidence: model or sampling"
+    )
+    parser.add_argument(
+        "--stop-at-end", action="store_true", help="finish once an end token stands behind whole text"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=1, metavar="N", help="completions per prompt (default: 1)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="everything random derives from it (default: 0)"
+    )
+    parser.add_argument(
+        "--trajectory", metavar="PATH", help="save all states, guesses and confidences (.safetensors)"
+    )
+    parser.add_argument(
+        "--show", action="store_true", help="print every denoising step: · hole, new, taken back"
+    )
+
+
+OPTIONS = {
+    "steps": "--steps", "block_length": "--block", "rule": "--rule", "schedule": "--schedule",
+    "temperature": "--temperature", "top_p": "--top-p", "top_k": "--top-k", "rank_by": "--rank-by",
+    "stop_at_end": "--stop-at-end",
+}  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+    from unveil.cli.models import open_model
+    from unveil.samplers.canvas import Canvas
+    from unveil.samplers.text import response_texts
+    from unveil.seeds import derive_seed
+
+    if args.samples < 1:
+        raise UserError(f"--samples: should be at least 1, got {args.samples}")
+    if args.length is not None and args.length < 1:
+        raise UserError(f"--length: should be at least 1, got {args.length}")
+    if args.infill is not None and args.length is not None:
+        raise UserError("--length: the length comes from --infill; leave one of them out")
+    if args.trajectory is not None:
+        _check_target(Path(args.trajectory))
+    prompts = _prompts(args)
+    denoiser = open_model(args.model)
+    tokens = [_encode(denoiser, prompt, f"prompt {row}") for row, prompt in enumerate(prompts)]
+    template = None if args.infill is None else _template(denoiser, args.infill)
+    length = len(template) if template else _length(args, denoiser, max(map(len, tokens)))
+    sampler = _sampler(args, length)
+    copies = [row for row in range(len(prompts)) for _ in range(args.samples)]
+    initial = None if template is None else [template] * len(copies)
+    canvas = Canvas.of([tokens[row] for row in copies], length, denoiser.spec, initial=initial)
+    seeds = [derive_seed(args.seed, "decode", row, place % args.samples) for place, row in enumerate(copies)]
+    needs: set[str] = set()
+    if args.show or args.trajectory:
+        needs = {"states", "guesses", "confidence", "log_prob", "revealed", "taken_back"}
+        needs |= set() if sampler.rule.takes_back else {"step_map"}
+    started = time.perf_counter()
+    trajectory = sampler.sample(denoiser, canvas, seeds, needs=needs, batch_size=128)
+    seconds = time.perf_counter() - started
+    texts = response_texts(denoiser, trajectory.response_ids)
+    if args.trajectory:
+        trajectory.save(args.trajectory)
+    for place, text in enumerate(texts):
+        if args.show:
+            _show(args, denoiser, trajectory, place, prompts[copies[place]])
+        if not args.json:
+            print(text.replace("\n", "\\n"))
+    completions = [
+        {"prompt": prompts[row], "sample": place % args.samples, "completion": texts[place]}
+        for place, row in enumerate(copies)
+    ]
+    return 0, {
+        "completions": completions, "length": length, "steps": sampler.steps, "forwards": trajectory.forwards,
+        "seconds": round(seconds, 3), "trajectory": args.trajectory,
+    }  # fmt: skip
+
+
+def _check_target(path: Path) -> None:
+    if path.suffix != ".safetensors":
+        raise UserError(f"--trajectory: {str(path)!r} should end in .safetensors")
+    if not path.parent.is_dir():
+        raise UserError(f"--trajectory: {str(path.parent)!r}: no such folder")
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    if args.prompt is not None:
+        return args.prompt
+    if args.prompts is None:
+        if sys.stdin.isatty():
+            raise UserError("--prompt: required, but missing (or --prompts FILE, or lines on stdin)")
+        return _plain_lines(sys.stdin.read(), "stdin")
+    from unveil.tasks.files import read_json_lines
+
+    path = Path(args.prompts)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file in UTF-8") from error
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
+    if path.suffix == ".jsonl" or text.startswith("{"):
+        return [row["prompt"] for _, row in read_json_lines(path, ["prompt"])]
+    return _plain_lines(text, str(path))
+
+
+def _plain_lines(text: str, source: str) -> list[str]:
+    lines = text.rstrip().splitlines()
+    if not lines:
+        raise UserError(f"{source}: no prompts")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            raise UserError(f"{source}:{number}: blank line (allowed only at the end)")
+    return lines
+
+
+def _encode(denoiser: MaskedDenoiser, text: str, what: str) -> list[int]:
+    """Ids of the text; words that the model does not know are reported, for it cannot read them."""
+    from unveil.denoisers.tokenizer import UNKNOWN
+
+    ids = denoiser.tokenizer.encode(text)
+    unknown = denoiser.tokenizer.backend.token_to_id(UNKNOWN)
+    if unknown is not None and (count := ids.count(unknown)):
+        print(
+            f"unveil: warning: {what} has {count} word(s) that the model does not know: {text!r}",
+            file=sys.stderr,
+        )
+    return ids
+
+
+def _template(denoiser: MaskedDenoiser, text: str) -> list[int]:
+    """Ids of a response with holes."""
+    if _MASK not in text:
+        raise UserError(f"--infill: {text!r} has no {_MASK} to fill")
+    ids: list[int] = []
+    for place, part in enumerate(text.split(_MASK)):
+        ids += [denoiser.spec.mask_id] if place else []
+        ids += _encode(denoiser, part, "--infill") if part.strip() else []
+    return ids
+
+
+def _length(args: argparse.Namespace, denoiser: MaskedDenoiser, longest: int) -> int:
+    from unveil.cli.models import trained_length
+
+    if args.length is not None:
+        return args.length
+    # At least 1, so that a prompt as long as the canvas gets the canvas's own message.
+    room = max(1, denoiser.spec.context_length - longest)
+    return min(room, trained_length(args.model) or _LONGEST)
+
+
+def _sampler(args: argparse.Namespace, length: int) -> Any:
+    from unveil.cli.decoders import plugin, sampler
+
+    settings = {
+        "steps": length if args.steps is None else args.steps,
+        "block_length": args.block,
+        "rule": plugin(args.rule, "--rule"),
+        "schedule": None if args.schedule is None else plugin(args.schedule, "--schedule"),
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "top_k": args.top_k,
+        "rank_by": args.rank_by,
+        "stop_at_end": args.stop_at_end,
+    }
+    return sampler(settings, length, OPTIONS)
+
+
+def _show(
+    args: argparse.Namespace, denoiser: MaskedDenoiser, trajectory: Trajectory, row: int, prompt: str
+) -> None:
+    """Print the canvas after every step of one chain."""
+    from unveil.training.records import chain_steps
+
+    out = console(args)
+    out.print(f"prompt: {prompt}")
+    width = int(trajectory.response_valid[row].sum())
+    first = (
+        trajectory.states[row, 0, :width].tolist()
+        if trajectory.states is not None and trajectory.steps
+        else []
+    )
+    before = denoiser.tokenizer.tokens(first)
+    for number, step in enumerate(chain_steps(denoiser, trajectory, row), start=1):
+        out.print(_step_line(number, step, before, styled=out.is_terminal))
+        before = [old if token is None else token for token, old in zip(step["tokens"], before, strict=True)]
+
+
+def _step_line(number: int, step: dict[str, Any], before: list[str], *, styled: bool) -> Text:
+    """One step; where there are no colours, ``*new*`` and ``~taken back~`` stand for them."""
+    from rich.text import Text
+
+    line = Text(f"step {number:3d}  ")
+    for place, token in enumerate(step["tokens"]):
+        if place in step["taken_back"]:
+            line.append(before[place] if styled else f"~{before[place]}~", style="red strike")
+        elif token is None:
+            line.append("·", style="dim")
+        elif place in step["revealed"]:
+            line.append(token if styled else f"*{token}*", style="bold green")
+        else:
+            line.append(token)
+        line.append(" ")
+    line.rstrip()
+    return line

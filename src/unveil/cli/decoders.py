@@ -1,0 +1,63 @@
+"""Samplers from command-line options, checked as recipes are, with messages that name the options."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from unveil.registry import UserError
+
+if TYPE_CHECKING:
+    from unveil.samplers.masked import MaskedSampler
+
+
+def plugin(text: str, option: str) -> dict[str, Any]:
+    """Recipe data of ``NAME`` or ``NAME:field=value,field=value``; the name may be ``package.module:Class``.
+
+    Raises:
+        UserError: the fields are malformed.
+    """
+    from unveil.overrides import merge
+
+    name, colon, fields = text.rpartition(":")
+    if not colon or "=" not in fields:
+        return {"name": text}
+    try:
+        values = merge({}, fields.split(","))
+    except UserError as error:
+        raise UserError(
+            f"{option}: {text!r} should look like NAME:field=value,field=value: {error}"
+        ) from error
+    if "name" in values:
+        raise UserError(f"{option}: {text!r} names the plug-in twice")
+    return {"name": name, **values}
+
+
+def sampler(settings: Mapping[str, Any], length: int, options: Mapping[str, str]) -> MaskedSampler:
+    """The sampler with the fields ``settings``, fit for responses of ``length`` tokens.
+
+    Args:
+        options: the option that stands for each field, for messages.
+
+    Raises:
+        UserError: all problems, one line each.
+    """
+    from unveil.recipe import build
+    from unveil.samplers.masked import MaskedSampler
+
+    try:
+        built = build(MaskedSampler, {key: value for key, value in settings.items() if value is not None})
+        built.check_fits(length)
+    except UserError as error:
+        raise UserError("\n".join(_by_option(line, options) for line in str(error).splitlines())) from error
+    return built
+
+
+def _by_option(problem: str, options: Mapping[str, str]) -> str:
+    """``rule.cap: ...`` as ``--rule.cap: ...``, and ``rule.name: ...`` as ``--rule: ...``."""
+    problem = problem.removeprefix("recipe: ")
+    found = re.match(r"([a-z_]+)((?:\.\w+)*): ", problem)
+    if found is None or found[1] not in options:
+        return problem
+    return f"{options[found[1]]}{found[2].removesuffix('.name')}: {problem[found.end() :]}"

@@ -1,0 +1,59 @@
+"""What every command does that opens a model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from unveil.denoisers.base import MaskedDenoiser
+
+
+def set_threads() -> None:
+    """One torch thread on a CPU, or what OMP_NUM_THREADS says.
+
+    Threads wait for one another by spinning: two processes with several threads each on one machine are an
+    order of magnitude slower than with one, and small models gain nothing from more.
+    """
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ and not torch.cuda.is_available():
+        torch.set_num_threads(1)
+
+
+def open_model(name: str) -> MaskedDenoiser:
+    """The denoiser of a model folder, run folder or embedded model, on the GPU where there is one.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    import torch
+
+    from unveil.denoisers.load import load_denoiser
+
+    set_threads()
+    return load_denoiser(name).to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def trained_length(name: str) -> int | None:
+    """The response length that a model was trained with, where its folder or its run holds a recipe."""
+    from unveil.denoisers.load import model_folder
+    from unveil.recipe import load
+
+    folder = model_folder(name)
+    candidates = [folder / "recipe.yaml"]
+    if folder.name == "model":
+        candidates += [folder.parent / "recipe.yaml", *_run_of_checkpoint(folder)]
+    for path in candidates:
+        if path.is_file():
+            recipe = load(path)
+            part = recipe["policy"]["rollout"] if "policy" in recipe else recipe.get("data", {})
+            return part.get("response_length")
+    return None
+
+
+def _run_of_checkpoint(folder: Path) -> list[Path]:
+    """RUN/recipe.yaml for RUN/checkpoints/update-000025/model."""
+    checkpoints = folder.parent.parent
+    return [checkpoints.parent / "recipe.yaml"] if checkpoints.name == "checkpoints" else []

@@ -1,0 +1,58 @@
+"""What commands print: tables and text for people, one JSON object for programs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+_PLAIN_WIDTH = 200
+"""Columns of a table that goes into a file or pipe, where nothing needs to fit a window."""
+
+
+def console(args: argparse.Namespace) -> Console:
+    """Where people's output goes: stdout, or stderr with ``--json``."""
+    stream = sys.stderr if args.json else sys.stdout
+    width = None if stream.isatty() else _PLAIN_WIDTH
+    return Console(file=stream, width=width, markup=False, highlight=False, soft_wrap=True)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Sequence[str] = ()) -> Table:
+    """A table of plain text; the columns named in ``numbers`` are set flush right."""
+    made = Table(header_style="bold")
+    for column in columns:
+        made.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(Text(cell) for cell in row))
+    return made
+
+
+def print_json(answer: dict[str, Any]) -> None:
+    """One line of JSON on stdout; nan and infinities, which JSON does not have, become null."""
+    finite = json.loads(json.dumps(answer, default=str), parse_constant=lambda _: None)
+    print(json.dumps(finite, ensure_ascii=False), flush=True)
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def interval(accuracy: float, low: float, high: float) -> str:
+    """``46.3 % (42.0-50.6)``."""
+    return f"{percent(accuracy)} ({100 * low:.1f}-{100 * high:.1f})"
+
+
+def duration(seconds: float) -> str:
+    """``45 s``, ``3 min 20 s`` or ``2 h 05 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
