@@ -144,9 +144,12 @@ def test_broken_training_file_of_pretrain(capsys: pytest.CaptureFixture[str], tm
     overrides = ["data.tasks=[]", f"data.file={tmp_path / 'data.jsonl'}", "eval.decoders={}"]
     argv = ["pretrain", tmp_path / "tiny.yaml", *overrides, "--run", tmp_path / "run"]
     assert "data.jsonl:2: key 'completion' is missing" in refused(capsys, *argv)
-    long = "1 " * 12
-    (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": "1", "completion": long}) + "\n")
-    assert "data.response_length" in refused(capsys, *argv)
+    for prompt, completion, words in (("1", "1 " * 13, "13 tokens"), ("1 " * 13, "1", "at most 12 tokens")):
+        lines = ({"prompt": "1", "completion": "1"}, {"prompt": prompt, "completion": completion})
+        (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        message = refused(capsys, *argv)
+        assert "data.jsonl:2: " in message
+        assert words in message
     assert not (tmp_path / "run").exists()
 
 
@@ -183,7 +186,7 @@ def test_checkpoint_of_another_architecture(capsys: pytest.CaptureFixture[str], 
         (["--rule", "rcrr"], "--rule: no rule is called 'rcrr', did you mean 'rcr'?"),
         (["--rule", "threshold:treshold=1"], "--rule.treshold: unknown key, did you mean 'threshold'?"),
         (["--rule", "threshold:threshold=7"], "--rule.threshold: should be less than or equal to 1"),
-        (["--rule", "threshold:cap"], "--rule: no rule is called 'threshold:cap'"),
+        (["--rule", "threshold:cap"], "--rule: rule 'threshold:cap' cannot be imported"),
         (["--rule", "threshold:cap=1,x"], "--rule: 'threshold:cap=1,x' should look like"),
         (["--rule", "rcr", "--stop-at-end"], "--stop-at-end: not possible"),
         (["--schedule", "powr:k=2"], "--schedule: no schedule is called 'powr', did you mean 'power'?"),

@@ -186,7 +186,7 @@ def write_run(folder: Path) -> Path:
     table |= {key: [[line[key] for line in row] for row in ends] for key in ("accuracy", "low", "high")}
     (folder / "table.json").write_text(json.dumps(table), encoding="utf-8")
     trajectories = [
-        trajectory(step, decoder, problem, seed=97 * number + step)
+        trajectory(step, decoder, problem, seed=89 * number + step)
         for number, problem in enumerate(PROBLEMS)
         for step in (0, 400)
         for decoder in DECODERS

@@ -130,7 +130,7 @@ def test_last_line_cut_by_a_crash_is_left_out_and_noted(run: Path, name: str) ->
         ("metrics.jsonl", "[1]", "metrics.jsonl' line 3 must hold a JSON object, not list"),
         ("metrics.jsonl", '{"kind": "train"}', "line 3: 'step' must be of type int, not 'None'"),
         ("samples.jsonl", '{"step": true, "problem": "a"}', "line 3: 'step' must be of type int, not 'True'"),
-        ("trajectories.jsonl", '{"step": 0, "problem": "a", "decoder": "x"}', "line 3: 'steps' must be of type"),
+        ("trajectories.jsonl", '{"step": 0, "problem": "a", "decoder": "x"}', "line 3: 'steps' must be"),
         (
             "trajectories.jsonl",
             '{"step": 0, "problem": "a", "decoder": "x", "steps": [{"tokens": ["1"], "guess": []}]}',

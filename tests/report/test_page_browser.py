@@ -1,4 +1,4 @@
-"""The page in a real browser: it draws, it plays, it works by keyboard, and it asks nothing of any network."""
+"""The page in a real browser: it draws, it plays, works by keyboard, and asks nothing of any network."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def chrome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrom
 class Page:
     """The opened page of one run."""
 
-    def __init__(self, chrome: webdriver.Chrome, run: Path) -> None:
+    def __init__(self, chrome: webdriver.Chrome, address: str) -> None:
         self.chrome = chrome
-        self.address = write_page(run).as_uri()
+        self.address = address
         self.open()
 
     def open(self, width: int = 1280, scheme: str = "light") -> None:
@@ -74,8 +74,8 @@ class Page:
         return self.chrome.execute_script(f"return {script}")
 
     def go_to(self, step: int) -> None:
-        script = "const s = document.getElementById('step'); s.value = arguments[0]; s.dispatchEvent(new Event('input'))"
-        self.chrome.execute_script(script, step)
+        self.chrome.execute_script("arguments[0].value = arguments[1]", self.one("#step"), step)
+        self.js("document.getElementById('step').dispatchEvent(new Event('input'))")
 
     def choose(self, selector: str, value: str) -> None:
         Select(self.one(selector)).select_by_value(value)
@@ -85,9 +85,14 @@ class Page:
         return [set((token.get_attribute("class") or "").split()) for token in tokens]
 
 
+@pytest.fixture(scope="module")
+def address(shared_run: Path) -> str:
+    return write_page(shared_run).as_uri()
+
+
 @pytest.fixture
-def page(chrome: webdriver.Chrome, shared_run: Path) -> Page:
-    return Page(chrome, shared_run)
+def page(chrome: webdriver.Chrome, address: str) -> Page:
+    return Page(chrome, address)
 
 
 @pytest.fixture
@@ -120,9 +125,8 @@ def test_draws_without_errors_network_or_sideways_scrolling(page: Page, width: i
 
 
 def test_policy_stops_requests_and_foreign_scripts(page: Page) -> None:
-    assert page.chrome.execute_async_script(
-        "const done = arguments[0]; fetch('http://127.0.0.1:9/').then(() => done('sent'), (e) => done(String(e)));"
-    ).startswith("TypeError")
+    fetch = "fetch('http://127.0.0.1:9/').then(() => done('sent'), (error) => done(String(error)))"
+    assert page.chrome.execute_async_script(f"const done = arguments[0]; {fetch}").startswith("TypeError")
     page.js("document.body.append(Object.assign(document.createElement('script'), {text: 'hacked = 2'}))")
     assert page.js("window.hacked === undefined")
     assert any("Content Security Policy" in entry["message"] for entry in page.chrome.get_log("browser"))
@@ -163,7 +167,8 @@ def test_marks_of_places_follow_the_steps(scripted: Page) -> None:
     scripted.one("#forward").click()
     assert scripted.classes() == [{"token", "revealed"}, {"token", "masked", "taken"}, {"token", "masked"}]
     assert [old.text for old in scripted.all(".tokens del")] == ["7"]
-    assert scripted.all(".tokens li")[1].get_attribute("aria-label") == "place 2: taken back, was 7, confidence 0.25"
+    spoken = scripted.all(".tokens li")[1].get_attribute("aria-label")
+    assert spoken == "place 2: taken back, was 7, confidence 0.25"
     scripted.one("#forward").click()
     assert scripted.classes() == [{"token"}, {"token", "revealed"}, {"token", "revealed"}]
     assert scripted.all(".tokens del") == []
@@ -181,7 +186,8 @@ def test_confidence_of_a_standing_token_is_kept_and_colours_it(page: Page) -> No
     page.choose("#problem", "c-004")
     for step in range(1, 9):
         page.go_to(step)
-        boxes = page.js("[...document.querySelectorAll('.panel:first-child .tokens li:not(.masked)')].map(b => b.title)")
+        shown = ".panel:first-child .tokens li:not(.masked)"
+        boxes = page.js(f"[...document.querySelectorAll('{shown}')].map((box) => box.title)")
         assert len(boxes) == 11 * step // 8
         assert all("confidence 0." in box for box in boxes)
 
@@ -189,7 +195,8 @@ def test_confidence_of_a_standing_token_is_kept_and_colours_it(page: Page) -> No
 def test_keys_move_by_one_step_and_stop_at_the_ends(page: Page) -> None:
     text = page.one("#step-text")
     body = page.one("body")
-    for key, expected in [(Keys.ARROW_RIGHT, 2), (Keys.ARROW_RIGHT, 3), (Keys.ARROW_LEFT, 2), (Keys.ARROW_LEFT, 1)]:
+    left, right = Keys.ARROW_LEFT, Keys.ARROW_RIGHT
+    for key, expected in [(right, 2), (right, 3), (left, 2), (left, 1)]:
         body.send_keys(key)
         assert text.text == f"step {expected} of 8"
     slider = page.one("#step")
@@ -273,7 +280,7 @@ def test_every_control_has_a_name(page: Page) -> None:
 
 def test_run_that_has_just_started_has_a_page(chrome: webdriver.Chrome, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text('{"system": "mdpo", "status": "running"}')
-    page = Page(chrome, tmp_path)
+    page = Page(chrome, write_page(tmp_path).as_uri())
     assert chrome.get_log("browser") == []
     assert "No held-out evaluation yet." in page.one("#summary").text
     assert len(page.all(".empty")) == 5

@@ -24,7 +24,7 @@ def apply(left: Fraction, sign: str, right: Fraction) -> Fraction:
 
 
 def all_step_texts(numbers: tuple[int, ...], target: int) -> set[str]:
-    """Every way to write binary steps with whole non-negative results that lead from the numbers to the target."""
+    """Every way to write steps of two operands, with whole non-negative results, that end at the target."""
     if len(numbers) == 1:
         return {""} if numbers[0] == target else set()
     texts = set()

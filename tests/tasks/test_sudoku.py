@@ -190,7 +190,9 @@ def test_a_test_file_is_read_in_order_and_its_puzzles_are_kept_out_of_train(tmp_
         UserError, match=r"data\.csv: holds 2000 different test problems, 2001 were asked for"
     ):
         task.problems("test", 2001, 0)
-    assert {p.answer["puzzle"] for p in task.problems("train", 2000, 0)} <= rest
+    train = task.problems("train", 2000, 0)
+    assert {p.answer["puzzle"] for p in train} <= rest
+    assert {p.answer["solution"] for p in train} == set(GRIDS)
 
 
 def test_a_train_file_is_shuffled_and_leaves_out_what_is_test(tmp_path: Path) -> None:

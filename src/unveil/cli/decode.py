@@ -243,7 +243,7 @@ def _show(
 
 
 def _step_line(number: int, step: dict[str, Any], before: list[str], *, styled: bool) -> Text:
-    """One step; where there are no colours, ``*new*`` and ``~taken back~`` stand for them."""
+    """One step; where there are no colours, ``[new]`` and ``~taken back~`` stand for them."""
     from rich.text import Text
 
     line = Text(f"step {number:3d}  ")
@@ -253,7 +253,7 @@ def _step_line(number: int, step: dict[str, Any], before: list[str], *, styled: 
         elif token is None:
             line.append("·", style="dim")
         elif place in step["revealed"]:
-            line.append(token if styled else f"*{token}*", style="bold green")
+            line.append(token if styled else f"[{token}]", style="bold green")
         else:
             line.append(token)
         line.append(" ")

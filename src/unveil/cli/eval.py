@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from unveil.cli.output import console, interval, percent, table
+from unveil.cli.output import console, interval, table
 from unveil.registry import UserError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from unveil.denoisers.base import MaskedDenoiser
     from unveil.samplers.masked import MaskedSampler
     from unveil.tasks.base import Problem, Task
@@ -242,24 +244,24 @@ def _write(path: Path, problems: Sequence[Problem], result: Evaluation, cell: Ce
         print(f"unveil: warning: {path}: {error.strerror}; completions are not written", file=sys.stderr)
 
 
-def _report(results: Sequence[dict[str, Any]]) -> Any:
-    columns = (
-        "decoder", "length", "steps", "block", "T", "accuracy (95 %)", "over-denoising", "ever correct",
-        "forwards/problem", "samples/s",
-    )  # fmt: skip
-    rows = [
-        [
-            line["decoder"],
-            str(line["length"]),
-            str(line["steps"] or "-"),
-            str(line["block"] or "full"),
-            f"{line['temperature']:g}",
-            interval(line["accuracy"], line["low"], line["high"]),
-            percent(line["over_denoising"]),
-            percent(line["ever_correct"]),
-            f"{line['forwards_per_problem']:.1f}",
-            f"{line['samples_per_second']:.1f}",
-        ]
-        for line in results
+def _report(results: Sequence[dict[str, Any]]) -> Table:
+    """Shares in percent. Settings that all decoders share are told in the title, which leaves room for the rest."""
+    settings: dict[str, list[str]] = {
+        "length": [str(line["length"]) for line in results],
+        "steps": [str(line["steps"] or "-") for line in results],
+        "block": [str(line["block"] or "full") for line in results],
+        "T": [f"{line['temperature']:g}" for line in results],
+    }
+    shared = [f"{name} {values[0]}" for name, values in settings.items() if len(set(values)) == 1]
+    columns = {"decoder": [line["decoder"] for line in results]}
+    columns |= {name: values for name, values in settings.items() if len(set(values)) > 1}
+    columns["accuracy %"] = [
+        interval(*(line[key] for key in ("accuracy", "low", "high"))) for line in results
     ]
-    return table(columns, rows, numbers=columns[1:])
+    columns["over denoised %"] = [f"{100 * line['over_denoising']:.1f}" for line in results]
+    columns["ever correct %"] = [f"{100 * line['ever_correct']:.1f}" for line in results]
+    columns["forwards per problem"] = [f"{line['forwards_per_problem']:.1f}" for line in results]
+    columns["samples per s"] = [f"{line['samples_per_second']:.1f}" for line in results]
+    made = table(tuple(columns), list(zip(*columns.values(), strict=True)), numbers=tuple(columns)[1:])
+    made.title = ", ".join([f"{results[0]['problems']} problems", *shared])
+    return made

@@ -175,7 +175,7 @@ def _finish(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         write_text(folder / "table.json", json.dumps(results, indent=2) + "\n")
         numbers = zip(*(results[key] for key in ("rows", "accuracy", "low", "high")), strict=True)
         cells = [[name, *map(interval, *values)] for name, *values in numbers]
-        out.print(f"accuracy on {results['problems']} held-out problems (95 % interval)")
+        out.print(f"accuracy in % on {results['problems']} held-out problems, with 95 % intervals")
         out.print(table(("", *results["columns"]), cells, numbers=results["columns"]))
     cost = json.loads((folder / "run.json").read_text(encoding="utf-8"))["cost"]
     out.print(

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        status, answer = args.run(args)
+        status, answer = args.carry_out(args)
     except UserError as error:
         for line in str(error).splitlines():
             print(f"unveil: error: {line}", file=sys.stderr)
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments of one command, with ``run`` set to what carries it out."""
+    """The arguments of one command, with ``carry_out`` set to its function."""
     parser = argparse.ArgumentParser(
         prog="unveil", description="Policy optimisation of diffusion models.", allow_abbrev=False,
         epilog="exit status: 0 done, 1 a claim or check fell short, 2 bad input, 130 interrupted",
@@ -63,7 +63,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         )
         module.add_arguments(command)
         command.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-        command.set_defaults(run=module.run, parser=command)
+        command.set_defaults(carry_out=module.run, parser=command)
     args, rest = parser.parse_known_args(argv)
     # argparse hands key=value words that stand behind an option back as unknown.
     if rest and (not hasattr(args, "words") or any(word.startswith("-") for word in rest)):

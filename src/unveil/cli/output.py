@@ -39,13 +39,9 @@ def print_json(answer: dict[str, Any]) -> None:
     print(json.dumps(finite, ensure_ascii=False), flush=True)
 
 
-def percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
-def interval(accuracy: float, low: float, high: float) -> str:
-    """``46.3 % (42.0-50.6)``."""
-    return f"{percent(accuracy)} ({100 * low:.1f}-{100 * high:.1f})"
+def interval(share: float, low: float, high: float) -> str:
+    """A share and its interval in percent: ``46.3 (42.0-50.6)``."""
+    return f"{100 * share:.1f} ({100 * low:.1f}-{100 * high:.1f})"
 
 
 def duration(seconds: float) -> str:

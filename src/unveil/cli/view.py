@@ -15,7 +15,7 @@ SUMMARY = "show a run, finished or not, in the browser: curves, samples, each de
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_folder", metavar="RUN", help="run folder")
+    parser.add_argument("run", metavar="RUN", help="run folder")
     parser.add_argument("--no-open", action="store_true", help="only write the page and print its path")
     parser.add_argument(
         "--serve",
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
 
     from unveil.report.page import write_page
 
-    folder = Path(args.run_folder)
+    folder = Path(args.run)
     page = write_page(folder)
     address = page.resolve().as_uri()
     console(args).print(str(page))

@@ -44,7 +44,7 @@ def build_page(run: Path) -> str:
 
 
 def write_page(run: Path) -> Path:
-    """Writes the page to ``run/report.html``, the old or the new one at any time, and returns that path.
+    """Writes the page to ``run/report.html``, the old or the new one at any time; returns its full path.
 
     Raises:
         UserError: as `build_page`, or the folder cannot be written to.
@@ -59,7 +59,7 @@ def write_page(run: Path) -> Path:
             part.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{str(target)!r} cannot be written: {error.strerror}") from error
-    return target
+    return target.resolve()
 
 
 def _page_data(name: str, folder: RunFolder) -> Line:

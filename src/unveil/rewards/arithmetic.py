@@ -14,7 +14,7 @@ MAX_DEPTH = 32
 
 _SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-"})
 _LATEX = {r"\times": "*", r"\cdot": "*", r"\div": "/"}
-_TOKEN = re.compile(rf"\s*(?:([0-9]{{1,{MAX_DIGITS}}})(?![0-9])|([-+*/()=]))\s*")
+_TOKEN = re.compile(rf"\s*(?:([0-9]{{1,{MAX_DIGITS}}})|([-+*/()=]))\s*")
 _BRACE = re.compile(r"\\boxed\{|\{|\}")
 
 

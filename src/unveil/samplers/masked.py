@@ -6,6 +6,7 @@ by one; a row that is done leaves the batch, and padding that only it needed lea
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -138,42 +139,38 @@ class _Chains:
     ) -> None:
         self.sampler, self.denoiser, self.needs = sampler, denoiser, needs
         device = denoiser.device
-        canvas = canvas.to(device)
-        self.canvas = canvas
         self.mask_id = denoiser.spec.mask_id
         batch, width = canvas.response.shape
         block = sampler.block_length or width
-        local_steps = sampler.steps_per_block(width)
-        lengths = canvas.response_valid.sum(1)
-        self.plan = _plan(sampler.schedule, block, local_steps).to(device)
-        self.max_steps = math.ceil(width / block) * self.plan.shape[1] if sampler.rule.follows_schedule else width
+        self.blocks = math.ceil(width / block)
         self.block_of = torch.arange(width, device=device) // block
-        self.token_noise, self.order_noise = self._draw_noise(seeds, lengths.tolist(), width)
+        self.timetable: _Timetable | None = None
+        if sampler.rule.follows_schedule:
+            holes = (canvas.response == self.mask_id) & canvas.response_valid & ~canvas.frozen
+            self.timetable = _Timetable.of(holes, block, sampler.schedule, sampler.steps_per_block(width)).to(device)
+        lengths = canvas.response_valid.sum(1).tolist()
+        max_steps = self.timetable.block.shape[1] if self.timetable else width
+        self.token_noise, self.order_noise = self._draw_noise(seeds, lengths, max_steps, width)
 
+        self.canvas = canvas = canvas.to(device)
         self.rows = torch.arange(batch, device=device)
         self.ids, self.valid = canvas.ids.clone(), canvas.valid
         self.editable = canvas.response_valid & ~canvas.frozen
         self.start = canvas.prompt_width
         self.state: State = sampler.rule.start(batch, width, device)
-        self.block = torch.full((batch,), -1, device=device)
-        self.local_step = torch.zeros(batch, dtype=torch.long, device=device)
-        self.holes_at_start = torch.zeros(batch, dtype=torch.long, device=device)
 
         self.final = canvas.response.clone()
-        self.active: list[Tensor] = []
         self.records: dict[str, list[Tensor]] = {name: [] for name in needs}
         self.step_map = torch.full((batch, width), -1, device=device)
+        self.taken = torch.zeros(batch, dtype=torch.long, device=device)
         self.forwards = 0
 
     def run(self) -> Trajectory:
         step = 0
-        self._enter_blocks()
-        while len(self.rows):
-            self._step(step)
+        while len(holes := self._retire(step)):
+            self._step(step, holes)
             step += 1
-            self._enter_blocks()
         prompt_width = self.canvas.prompt_width
-        batch, width = self.final.shape
         recorded: dict[str, Tensor] = {}
         for name, steps in self.records.items():
             if name != "step_map":
@@ -182,18 +179,22 @@ class _Chains:
             prompt_ids=self.canvas.ids[:, :prompt_width].cpu(),
             response_ids=self.final.cpu(),
             valid=self.canvas.valid.cpu(),
-            active=torch.stack(self.active, 1).cpu() if self.active else torch.zeros(batch, 0, dtype=torch.bool),
+            active=torch.arange(step) < self.taken.cpu()[:, None],
             forwards=self.forwards,
             mask_id=self.mask_id,
             step_map=self.step_map.cpu() if "step_map" in self.needs else None,
             **{name: value.cpu() for name, value in recorded.items()},
         )
 
-    def _step(self, step: int) -> None:
-        sampler = self.sampler
-        response = self.ids[:, self.start : self.start + self.editable.shape[1]]
-        holes = (response == self.mask_id) & self.editable
-        open_holes = holes & (self.block_of <= self.block[:, None])
+    @property
+    def response(self) -> Tensor:
+        """(b, R) response part of the live canvases (a view)."""
+        return self.ids[:, self.start : self.start + self.editable.shape[1]]
+
+    def _step(self, step: int, holes: Tensor) -> None:
+        sampler, response = self.sampler, self.response
+        block, remain, last = self._progress(step, holes)
+        open_holes = holes if self.blocks == 1 else holes & (self.block_of <= block[:, None])
         # A reader of guesses wants the whole x_0, holes of later blocks included; a rule only ever sees the open ones.
         read = holes if self.needs & {"guesses", "log_prob", "confidence"} else open_holes
         row, column = read.nonzero(as_tuple=True)
@@ -207,48 +208,50 @@ class _Chains:
         else:
             scores = confidence(ranking, tokens, sampler.rule.confidence)  # type: ignore[arg-type]
 
-        guess = response.clone()
+        guess = updated = response.clone()
         guess[row, column] = tokens
-        score = torch.full(holes.shape, -torch.inf, device=holes.device)
+        score = seen = torch.full(holes.shape, -torch.inf, device=holes.device)
         score[row, column] = scores
-        remain, last = self._remaining()
-        view = StepView(
-            open=open_holes, score=score.masked_fill(~open_holes, -torch.inf), remain=remain, last=last
-        )
-        holes_after = sampler.rule.holes_after(view, self.state)
-        updated = torch.where(open_holes, guess, response).masked_fill(holes_after, self.mask_id)
+        if read is not open_holes:
+            seen = score.masked_fill(~open_holes, -torch.inf)
+            updated = torch.where(open_holes, guess, response)
+        view = StepView(open=open_holes, score=seen, remain=remain, last=last)
+        updated = updated.masked_fill(sampler.rule.holes_after(view, self.state), self.mask_id)
         if self.needs:
             self._record(step, response, holes, read, guess, score, logits, tokens, updated)
         response.copy_(updated)
-        self.local_step += 1
-        self.active.append(_scatter(self.rows, torch.ones_like(self.rows, dtype=torch.bool), len(self.final)))
 
-    def _remaining(self) -> tuple[Tensor, Tensor]:
-        """(b,) holes that the schedule leaves in the open blocks after this step, and whether it is the block's last."""
-        if not self.sampler.rule.follows_schedule:
-            nothing = torch.zeros_like(self.local_step)
-            return nothing, nothing.bool()
-        remain = self.plan[self.holes_at_start, self.local_step]
-        return remain, remain == 0
+    def _progress(self, step: int, holes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(b,) each: the current block, the holes to leave in the open blocks, and whether it is the block's last step."""
+        if self.timetable is not None:
+            return self.timetable.block[:, step], self.timetable.remain[:, step], self.timetable.last[:, step]
+        nothing = torch.zeros_like(self.rows)
+        return torch.where(holes, self.block_of, self.blocks).amin(1), nothing, nothing.bool()
 
-    def _enter_blocks(self) -> None:
-        """Move rows whose block has no holes left to the next block that has some; let finished rows leave."""
-        response = self.ids[:, self.start : self.start + self.editable.shape[1]]
+    def _retire(self, step: int) -> Tensor:
+        """Let the rows leave that are finished before ``step``; returns the holes (b, R) of the others."""
+        response = self.response
         holes = (response == self.mask_id) & self.editable
         if self.sampler.stop_at_end:
-            holes = self._stop_rows(response, holes)
-        first = torch.where(holes, self.block_of, len(self.block_of)).amin(1)
-        entering = first > self.block
-        if bool(entering.any()):
-            in_block = (holes & (self.block_of == first[:, None])).sum(1)
-            self.block = torch.where(entering, first, self.block)
-            self.local_step = torch.where(entering, 0, self.local_step)
-            self.holes_at_start = torch.where(entering, in_block, self.holes_at_start)
-        live = holes.any(1)
-        if not bool(live.all()):
-            self._leave(~live, response)
+            holes = self._stop_rows(response, holes, step)
+        elif self.timetable is not None and min(self.timetable.ends, default=0) > step:
+            # The timetable is known on the host: asking the device whether a row is done would wait for it.
+            return holes
+        done = ~holes.any(1)
+        if self.timetable is not None:
+            self._check_rule(done, step)
+        if bool(done.any()):
+            self._leave(done, response, step)
+            holes = holes[~done, : self.editable.shape[1]]
+        return holes
 
-    def _stop_rows(self, response: Tensor, holes: Tensor) -> Tensor:
+    def _check_rule(self, done: Tensor, step: int) -> None:
+        assert self.timetable is not None
+        for finished, end in zip(done.tolist(), self.timetable.ends, strict=True):
+            if end <= step and not finished:
+                raise ValueError(f"rule {self.sampler.rule.name!r} follows the schedule but left holes at its last step")
+
+    def _stop_rows(self, response: Tensor, holes: Tensor, step: int) -> Tensor:
         """Fill the rest of rows in which an end token stands behind text without holes; returns the holes left."""
         ends = torch.isin(response, torch.tensor(self.denoiser.spec.end_ids, device=response.device)) & ~holes
         ends &= self.editable | self.canvas.response_valid[self.rows][:, : ends.shape[1]]
@@ -257,19 +260,21 @@ class _Chains:
         stopped = (first_end < first_hole)[:, None] & holes
         response.masked_fill_(stopped, self.denoiser.spec.end_ids[0])
         came = self.step_map[self.rows, : ends.shape[1]]
-        self.step_map[self.rows, : ends.shape[1]] = torch.where(stopped, len(self.active), came)
+        self.step_map[self.rows, : ends.shape[1]] = torch.where(stopped, step, came)
         return holes & ~stopped
 
-    def _leave(self, done: Tensor, response: Tensor) -> None:
-        width = response.shape[1]
-        self.final[self.rows[done], :width] = response[done]
-        keep = ~done
+    def _leave(self, done: Tensor, response: Tensor, step: int) -> None:
+        gone, keep = self.rows[done], ~done
+        self.final[gone, : response.shape[1]] = response[done]
+        self.taken[gone] = step
         self.rows = self.rows[keep]
-        if not len(self.rows):
-            return
-        for name in ("ids", "valid", "editable", "block", "local_step", "holes_at_start"):
+        for name in ("ids", "valid", "editable"):
             setattr(self, name, getattr(self, name)[keep])
         self.state = {name: value[keep] for name, value in self.state.items()}
+        if self.timetable is not None:
+            self.timetable = self.timetable.rows(keep)
+        if not len(self.rows):
+            return
         used = self.valid.any(0).nonzero()
         low, high = min(int(used[0]), self.start), int(used[-1]) + 1
         width = high - self.start
@@ -319,37 +324,59 @@ class _Chains:
         kind = {"states": torch.long, "guesses": torch.long, "confidence": torch.float32, "log_prob": torch.float32}
         return torch.zeros(batch, 0, width, dtype=kind.get(name, torch.bool))
 
-    def _draw_noise(self, seeds: Sequence[int], lengths: list[int], width: int) -> tuple[Tensor | None, Tensor | None]:
+    def _draw_noise(
+        self, seeds: Sequence[int], lengths: list[int], steps: int, width: int
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Uniforms (B, S, R) for tokens and for a random order, each row from its own seed and length alone."""
         wants_tokens = self.sampler.temperature > 0
         wants_order = self.sampler.rule.confidence == "random"
         if not (wants_tokens or wants_order):
             return None, None
-        noise = torch.zeros(2, len(lengths), self.max_steps, width, dtype=torch.float64)
+        noise = torch.zeros(2, len(lengths), steps, width, dtype=torch.float64)
         for row, (seed, length) in enumerate(zip(seeds, lengths, strict=True)):
             stream = torch.Generator().manual_seed(seed)
-            drawn = torch.rand(self.max_steps, 2, length, dtype=torch.float64, generator=stream)
+            drawn = torch.rand(steps, 2, length, dtype=torch.float64, generator=stream)
             noise[:, row, :, :length] = drawn.transpose(0, 1)
-        device = self.rows.device if hasattr(self, "rows") else self.denoiser.device
+        device = self.denoiser.device
         return (noise[0].to(device) if wants_tokens else None), (noise[1].to(device) if wants_order else None)
 
 
-def _plan(schedule: Schedule, block: int, steps: int) -> Tensor:
-    """(block + 1, steps) holes that remain after each local step of a block that began with n holes.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Timetable:
+    """What a schedule says about every step of b rows, known before the first.
 
     Steps that would reveal nothing are left out: they would cost a forward pass and decide nothing.
     """
-    counts = count_table(schedule, block, steps)
-    remain = torch.zeros_like(counts)
-    for n, row in enumerate(counts.tolist()):
-        left = n
-        for place, count in enumerate(count for count in row if count):
-            left -= count
-            remain[n, place] = left
-    return remain
 
+    block: Tensor
+    """(b, S) the block of the step."""
+    remain: Tensor
+    """(b, S) holes of the open blocks after it."""
+    last: Tensor
+    """(b, S) True at the last step of a block."""
+    ends: list[int]
+    """Steps of every row."""
 
-def _scatter(rows: Tensor, value: Tensor, batch: int) -> Tensor:
-    full = value.new_zeros(batch)
-    full[rows] = value
-    return full
+    @classmethod
+    def of(cls, holes: Tensor, block_length: int, schedule: Schedule, steps: int) -> _Timetable:
+        """For rows that start with ``holes`` (b, R), decoded in ``steps`` steps a block."""
+        remains = []
+        for n, row in enumerate(count_table(schedule, min(block_length, holes.shape[1]), steps).tolist()):
+            left = [n - done for done, count in zip(itertools.accumulate(row), row, strict=True) if count]
+            remains.append(left)
+        columns = [part.sum(1).tolist() for part in holes.split(block_length, dim=1)]
+        tables = [
+            [(block, left) for block, n in enumerate(row) for left in remains[n]] for row in zip(*columns, strict=True)
+        ]
+        ends = [len(table) for table in tables]
+        padded = torch.tensor([table + [(0, 0)] * (max(ends) - len(table)) for table in tables], dtype=torch.long)
+        block, remain = padded.reshape(len(tables), -1, 2).unbind(2)
+        return cls(block=block, remain=remain, last=remain == 0, ends=ends)
+
+    def to(self, device: torch.device) -> _Timetable:
+        block, remain, last = (table.to(device) for table in (self.block, self.remain, self.last))
+        return _Timetable(block=block, remain=remain, last=last, ends=self.ends)
+
+    def rows(self, keep: Tensor) -> _Timetable:
+        ends = [end for end, kept in zip(self.ends, keep.tolist(), strict=True) if kept]
+        return _Timetable(block=self.block[keep], remain=self.remain[keep], last=self.last[keep], ends=ends)

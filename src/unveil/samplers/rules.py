@@ -2,7 +2,7 @@
 
 A step goes *propose -> score -> decide -> commit*. The loop proposes a token for every hole that is open (in the current
 block or an earlier one) and scores it; the rule decides which positions are holes afterwards; the loop commits. A rule
-that remembers something across steps keeps it in ``state``, a dict of tensors with one row per chain.
+that remembers something across steps keeps it in ``state``, a dict of tensors (b, R, ...).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Rule(Plugin, family="rule"):
     """How proposals are scored; ``random`` draws uniform scores from the chain's own seed."""
 
     def start(self, chains: int, width: int, device: torch.device) -> State:
-        """Fresh state for ``chains`` chains of ``width`` response positions."""
+        """Fresh state for ``chains`` chains of ``width`` response positions: tensors (chains, width, ...)."""
         return {}
 
     def holes_after(self, view: StepView, state: State) -> Tensor:
@@ -173,8 +173,10 @@ class RunningConfidence(Rule, name="rcr"):
 
 def least_certain(view: StepView) -> Tensor:
     """(b, R) the ``remain`` open holes of lowest score: what a rule that never takes back leaves masked."""
-    fill = view.open.sum(1) - view.remain
-    return view.open & (certainty_rank(view.score) >= fill[:, None])
+    fill = view.open.sum(1, keepdim=True) - view.remain[:, None]
+    order = view.score.sort(dim=1, descending=True, stable=True).indices
+    places = torch.arange(order.shape[1], device=order.device)
+    return view.open & torch.empty_like(view.open).scatter_(1, order, places >= fill)
 
 
 def certainty_rank(score: Tensor) -> Tensor:

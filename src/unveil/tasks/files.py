@@ -95,7 +95,7 @@ def _read_lines(path: str | Path) -> list[str]:
     lines = []
     for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").rstrip().split(b"\n"), start=1):
         try:
-            lines.append(line.removesuffix(b"\r").decode("utf-8"))
+            lines.append(line.decode("utf-8"))
         except UnicodeDecodeError as error:
             raise UserError(f"{path}:{number}: not UTF-8 text: {error.reason}") from error
     if lines == [""]:

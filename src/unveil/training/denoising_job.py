@@ -77,6 +77,7 @@ class DenoisingJob:
         if bool(data.tasks) == (data.file is not None):
             raise UserError("data: needs either tasks or a file, not both")
         self.examples = _read_examples(data.file) if data.file else []
+        self._check_examples()
         task = evaluation.task or (data.tasks[0].task if data.tasks else None)
         if evaluation.decoders and task is None:
             raise UserError("eval.task: needed to evaluate a model that is trained on a file")
@@ -140,6 +141,20 @@ class DenoisingJob:
         )
         x_0, valid = canvas.ids[part].to(device), canvas.valid[part].to(device)
         return lambda: elbo_loss(self.denoiser, x_0, valid, piece) * share
+
+    def _check_examples(self) -> None:
+        """Refuse examples that do not fit before the first update, not when one happens to be drawn."""
+        room = self.denoiser.spec.context_length - self.data.response_length
+        for line, (prompt, completion) in enumerate(self.examples, start=1):
+            try:
+                response_ids(self.denoiser, completion, self.data.response_length)
+            except ValueError as error:
+                raise UserError(f"{self.data.file}:{line}: data.response_length: {error}") from error
+            if (length := len(self.denoiser.tokenizer.encode(prompt))) > room:
+                raise UserError(
+                    f"{self.data.file}:{line}: a prompt of {length} tokens does not fit beside a response of "
+                    f"{self.data.response_length} (at most {room} tokens)"
+                )
 
     def _texts(self, update: int) -> list[tuple[str, str]]:
         """The (prompt, completion) pairs of an update, the same on all ranks."""

@@ -184,8 +184,21 @@ function standing(trajectory) {
   }));
 }
 
-/** A token with its white space made visible. */
-const visible = (token) => (token === "" ? "∅" : String(token).replaceAll("\n", "↵").replaceAll("\t", "⇥").replace(/^ | $/g, "␣"));
+/** A token as it is shown: line breaks and tabs as signs, and blanks too where there is nothing else. */
+const visible = (token) => {
+  const text = String(token).replaceAll("\n", "↵").replaceAll("\t", "⇥");
+  return text === "" ? "∅" : text.trim() || text.replaceAll(" ", "␣");
+};
+
+/** Ascending numbers as text with ranges: 1, 4–6. */
+function ranges(numbers) {
+  const spans = [];
+  for (const one of numbers) {
+    if (spans.length && spans.at(-1)[1] === one - 1) spans.at(-1)[1] = one;
+    else spans.push([one, one]);
+  }
+  return spans.map(([first, last]) => (first === last ? first : `${first}–${last}`)).join(", ");
+}
 
 function tokenBox(trajectory, index, place) {
   const [step, before] = [trajectory.steps[index], trajectory.steps[index - 1]];
@@ -193,10 +206,10 @@ function tokenBox(trajectory, index, place) {
   const taken = (step.taken_back ?? []).includes(place);
   const revealed = !taken && (step.revealed ?? []).includes(place);
   const box = make("li", { class: `token${token == null ? " masked" : ""}${revealed ? " revealed" : ""}${taken ? " taken" : ""}` });
-  box.style.minWidth = `calc(${trajectory.widths[place]}ch + 18px)`;
+  box.style.minWidth = `calc(${trajectory.widths[place]}ch + var(--pad))`;
   const confidence = token == null ? step.confidence?.[place] : trajectory.standing[index][place];
   const old = taken ? before?.tokens[place] ?? guess : null;
-  if (old != null) box.append(make("del", {}, visible(old)));
+  if (false) box.append(make("del", {}, visible(old)));
   if (token != null) {
     box.append(visible(token));
     if (confidence != null && !taken) {
@@ -214,7 +227,7 @@ function tokenBox(trajectory, index, place) {
 
 function verdict(trajectory) {
   const { right, final, over } = outcome(trajectory);
-  const steps = `${right.length === 1 ? "step" : "steps"} ${right.join(", ")}`;
+  const steps = `${right.length === 1 ? "step" : "steps"} ${ranges(right)}`;
   if (over) return make("p", { class: "verdict over" }, `Over-denoised: right at ${steps}, wrong at the end.`);
   if (final == null) return make("p", { class: "verdict" }, "Not judged.");
   if (!final) return make("p", { class: "verdict" }, "Wrong at every step.");
@@ -251,8 +264,10 @@ function panel(choice, label) {
   trajectory.standing ??= standing(trajectory);
   trajectory.widths ??= trajectory.steps[0].tokens.map((_, place) => Math.min(16, Math.max(1,
     ...trajectory.steps.map((step) => Math.max(visible(step.tokens[place] ?? "").length, visible(step.guess?.[place] ?? "").length)))));
-  const [tokens, guess, bars] = [make("ol", { class: "tokens", "aria-label": `canvas of ${label}` }), make("dl", { class: "guess" }), strip(trajectory)];
-  node.append(tokens, guess, bars, verdict(trajectory));
+  const dense = trajectory.widths.length > 64 ? " dense" : "";
+  const tokens = make("ol", { class: `tokens${dense}`, "aria-label": `canvas of ${label}` });
+  const [guess, bars] = [make("dl", { class: "guess" }), strip(trajectory)];
+  node.append(bars, verdict(trajectory), tokens, guess);
   const draw = (wanted) => {
     const index = Math.min(wanted, trajectory.steps.length) - 1;
     const step = trajectory.steps[index];

@@ -34,7 +34,7 @@ function lineChart(host, lines, options) {
       return show(y[index]) + (interval ? ` (${show(line.low[index])}–${show(line.high[index])})` : "");
     };
     const value = (plot, _, __, index) => text(index == null ? y.length - 1 : line.x.indexOf(plot.data[0][index]));
-    add(line.x, y, { label: line.label, stroke, width: 1.75, dash: line.dash, value, points: { show: !!line.dots, size: 5, fill: stroke } });
+    add(line.x, y, { label: line.label, stroke, width: 1.75, dash: line.dash, value, points: { show: !!line.dots && y.length < 33, size: 5, fill: stroke } });
   }
   const axis = { stroke: colour("soft"), grid: { stroke: colour("grid"), width: 1 }, ticks: { show: false }, font: "12px sans-serif" };
   const settings = {
@@ -47,7 +47,7 @@ function lineChart(host, lines, options) {
         values: (_, ticks) => ticks.map((tick) => (options.percent ? percent(tick, tick * 100 % 1 ? 1 : 0) : number(tick))) },
     ],
     series, bands,
-    padding: [8, 10, 0, 0],
+    padding: [8, 16, 0, 0],
     cursor: { y: false, drag: { x: true, y: false }, sync: options.x === "update" ? { key: "updates" } : undefined },
     hooks: { draw: [(plot) => options.level != null && drawLevel(plot, options.level)] },
   };
@@ -131,7 +131,7 @@ const trainingCharts = () => [
 function drawCurves() {
   const updates = Math.max(0, ...Object.values(data.train).map((curve) => curve.x.length));
   const accuracy = () => [...inTraining("accuracy", "training", "c0"), ...heldOut("accuracy", true)];
-  smoothing = updates > 300 ? 20 : updates > 60 ? 5 : 1;
+  smoothing = updates > 1500 ? 100 : updates > 300 ? 20 : updates > 60 ? 5 : 1;
   if (accuracy().length) figure(byId("result-charts"), { title: "Accuracy", note: "held-out with intervals", percent: true, height: 270 }, accuracy);
   const windows = [1, 5, 20, 100].filter((window) => window < Math.max(2, updates / 3));
   const select = fillSelect(byId("smooth"), windows.map((n) => [String(n), n === 1 ? "no mean" : `${n} updates`]), String(smoothing));
@@ -230,5 +230,5 @@ function drawGuesses() {
   ]);
   const best = last.reduce((top, value, step) => (value > last[top] ? step : top), 0);
   const drop = last[best] - last[steps - 1];
-  caption.append(make("small", {}, drop > 0.005 ? `at last best at step ${best + 1}, ${(100 * drop).toFixed(1)} points lower at the end` : "at last best at the end"));
+  caption.append(make("small", {}, drop > 0.005 ? `last updates: best at step ${best + 1}, ${(100 * drop).toFixed(1)} points lower at the end` : "last updates: best at the end"));
 }
