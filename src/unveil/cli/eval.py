@@ -245,7 +245,7 @@ def _write(path: Path, problems: Sequence[Problem], result: Evaluation, cell: Ce
 
 
 def _report(results: Sequence[dict[str, Any]]) -> Table:
-    """Shares in percent. Settings that all decoders share are told in the title, which leaves room for the rest."""
+    """Shares in percent. The title tells the settings that all decoders have in common."""
     settings: dict[str, list[str]] = {
         "length": [str(line["length"]) for line in results],
         "steps": [str(line["steps"] or "-") for line in results],

@@ -113,8 +113,11 @@ def _print_keys(args: argparse.Namespace, cls: type, recipe: Any) -> tuple[int, 
     from unveil.recipe_keys import describe
 
     keys = describe(cls, recipe)
-    rows = [[key.path, key.type, "required" if key.default is None else key.default, key.doc] for key in keys]
-    console(args).print(table(("key", "type", "default", "meaning"), rows))
+    out = console(args)
+    for key in keys:
+        out.print(f"{key.path} ({key.type}): {'required' if key.default is None else key.default}")
+        if key.doc:
+            out.print(f"    {key.doc}")
     return 0, {"keys": [dataclasses.asdict(key) for key in keys]}
 
 

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -14,6 +14,8 @@ from rich.text import Text
 
 _PLAIN_WIDTH = 200
 """Columns of a table that goes into a file or pipe, where nothing needs to fit a window."""
+_SHORT = 24
+"""Characters of a text that is kept on one line."""
 
 
 def console(args: argparse.Namespace) -> Console:
@@ -26,8 +28,12 @@ def console(args: argparse.Namespace) -> Console:
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Sequence[str] = ()) -> Table:
     """A table of plain text; the columns named in ``numbers`` are set flush right."""
     made = Table(header_style="bold")
-    for column in columns:
-        made.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+    for place, column in enumerate(columns):
+        longest = max((len(row[place]) for row in rows), default=0)
+        # In a narrow window long texts give way: names and numbers over two lines cannot be read.
+        width = longest if column in numbers or longest <= _SHORT else None
+        justify: Literal["left", "right"] = "right" if column in numbers else "left"
+        made.add_column(column, justify=justify, min_width=width, overflow="fold")
     for row in rows:
         made.add_row(*(Text(cell) for cell in row))
     return made

@@ -8,6 +8,7 @@ import importlib
 import json
 import pkgutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,9 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out: {str(out)!r} is no folder")
     claim = importlib.import_module(f"unveil.claims.{args.name}")
+    started = time.monotonic()
     result: dict[str, Any] = claim.reproduce(seeds=args.seeds, quick=args.quick, out=out, report=_report)
-    result["date"] = datetime.date.today().isoformat()
+    result |= {"date": datetime.date.today().isoformat(), "seconds": round(time.monotonic() - started)}
     out.mkdir(parents=True, exist_ok=True)
     (out / "result.json").write_text(json.dumps(result, indent=2, default=str) + "\n", encoding="utf-8")
     (out / "result.md").write_text(result["table"].rstrip() + "\n", encoding="utf-8")

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from unveil.cli.output import console, duration, table
+
 SUMMARY = "list all systems with paper, family, recipes, claim and the last verdict"
 
 
@@ -16,7 +18,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     from unveil import claims
-    from unveil.cli.output import console, duration, table
     from unveil.cli.recipes import recipe_names
     from unveil.systems import catalogue
 
@@ -36,18 +37,15 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     rows = [
         [
             entry["name"],
-            entry["paper"],
+            entry["paper"].removeprefix("arXiv "),
             entry["family"],
             ", ".join(name.partition("/")[2] for name in entry["recipe"]) or "-",
-            f"{entry['verdict']} ({entry['date']}, {duration(entry['seconds'])})"
-            if entry["verdict"]
-            else "not yet judged",
-            "yes" if entry["reproducible"] else "no",
+            _verdict(entry),
             entry["claim"],
         ]
         for entry in systems
     ]
-    columns = ("system", "paper", "family", "recipes", "verdict", "claim file", "claim")
+    columns = ("system", "arXiv", "family", "recipes", "verdict", "claim")
     console(args).print(table(columns, rows))
     return 0, {"systems": systems}
 
@@ -56,3 +54,11 @@ def _last_result(path: Path) -> dict[str, Any]:
     """Verdict, date and cost in seconds of the stored run of a claim; None each where there is none."""
     stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return {key: stored.get(key) for key in ("verdict", "date", "seconds")}
+
+
+def _verdict(entry: dict[str, Any]) -> str:
+    if not entry["reproducible"]:
+        return "no claim file"
+    if entry["verdict"] is None:
+        return "not yet judged"
+    return f"{entry['verdict']}, {entry['date']}, {duration(entry['seconds'])}"

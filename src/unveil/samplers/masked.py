@@ -20,7 +20,7 @@ from unveil.denoisers.base import MaskedDenoiser
 from unveil.registry import UserError
 from unveil.samplers.canvas import Canvas
 from unveil.samplers.rules import LowConfidence, Rule, State, StepView
-from unveil.samplers.schedules import Even, Schedule, count_table
+from unveil.samplers.schedules import Even, Schedule
 from unveil.samplers.tokens import confidence, filter_logits, sample_categorical, token_log_prob
 from unveil.samplers.trajectory import Trajectory, check_needs, concatenate
 
@@ -268,13 +268,13 @@ class _Chains:
         self.final[gone, : response.shape[1]] = response[done]
         self.taken[gone] = step
         self.rows = self.rows[keep]
+        if not len(self.rows):
+            return
         for name in ("ids", "valid", "editable"):
             setattr(self, name, getattr(self, name)[keep])
         self.state = {name: value[keep] for name, value in self.state.items()}
         if self.timetable is not None:
             self.timetable = self.timetable.rows(keep)
-        if not len(self.rows):
-            return
         used = self.valid.any(0).nonzero()
         low, high = min(int(used[0]), self.start), int(used[-1]) + 1
         width = high - self.start
@@ -360,14 +360,16 @@ class _Timetable:
     @classmethod
     def of(cls, holes: Tensor, block_length: int, schedule: Schedule, steps: int) -> _Timetable:
         """For rows that start with ``holes`` (b, R), decoded in ``steps`` steps a block."""
-        remains = []
-        for n, row in enumerate(count_table(schedule, min(block_length, holes.shape[1]), steps).tolist()):
-            left = [n - done for done, count in zip(itertools.accumulate(row), row, strict=True) if count]
-            remains.append(left)
-        columns = [part.sum(1).tolist() for part in holes.split(block_length, dim=1)]
-        tables = [
-            [(block, left) for block, n in enumerate(row) for left in remains[n]] for row in zip(*columns, strict=True)
-        ]
+        remains: list[list[int]] = []
+        for n in range(min(block_length, holes.shape[1]) + 1):
+            counts = schedule.counts(n, steps)
+            remains.append(
+                [n - done for done, count in zip(itertools.accumulate(counts), counts, strict=True) if count]
+            )
+        tables = []
+        for row in holes.tolist():
+            sizes = [sum(row[start : start + block_length]) for start in range(0, len(row), block_length)]
+            tables.append([(block, left) for block, n in enumerate(sizes) for left in remains[n]])
         ends = [len(table) for table in tables]
         padded = torch.tensor([table + [(0, 0)] * (max(ends) - len(table)) for table in tables], dtype=torch.long)
         block, remain = padded.reshape(len(tables), -1, 2).unbind(2)

@@ -45,14 +45,14 @@ def confidence(logits: Tensor, tokens: Tensor, kind: Confidence) -> Tensor:
     Raises:
         ValueError: an unknown kind.
     """
-    if kind == "probability":
-        return token_log_prob(logits, tokens).exp()
-    if kind not in ("margin", "entropy"):
+    if kind not in ("probability", "margin", "entropy"):
         raise ValueError(f"confidence {kind!r} is unknown (allowed: entropy, margin, probability)")
-    scores = []
-    for part in row_chunks(logits):
+    parts, scores = row_chunks(logits), []
+    for part, token in zip(parts, tokens.split([len(part) for part in parts]), strict=True):
         probs = part.float().softmax(-1)
-        if kind == "margin":
+        if kind == "probability":
+            scores.append(probs.gather(-1, token[:, None])[:, 0])
+        elif kind == "margin":
             best = probs.topk(2, dim=-1).values
             scores.append(best[:, 0] - best[:, 1])
         else:

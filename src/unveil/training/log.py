@@ -47,7 +47,7 @@ class RunLog:
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_at)
+            self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=None if resume_at is None else resume_at + 1)
         if config.wandb is not None:
             try:
                 import wandb
@@ -93,7 +93,8 @@ def _cut_after(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    # Not splitlines: JSON leaves line separators such as U+2028 inside strings as they are.
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)

@@ -121,7 +121,10 @@ class PolicyJob:
                 f"policy.rollout.response_length: {rollout.response_length} and prompts of up to {longest} tokens do not "
                 f"fit the model's canvas (at most {self.denoiser.spec.context_length} tokens)"
             )
+        if rollout.prompts < trainer.ranks.world:
+            raise UserError(f"policy.rollout.prompts: {rollout.prompts} are fewer than the {trainer.ranks.world} processes")
         self.pool: list[Problem] = []
+        self.scored = 0
 
     def update(self, update: int, optimise: Optimise) -> dict[str, Any]:
         problems = self.trainer.ranks.share(self._problems(update))
@@ -150,6 +153,8 @@ class PolicyJob:
             batch.diagnostics.clear()
             metrics = optimise(self._losses(batch))
             metrics |= batch.diagnostics.means()
+        self.trainer.cost.forwards += round(self.trainer.ranks.total(self.scored))
+        self.scored = 0
         return self._metrics(rewards, judged, trajectory, group, advantages) | metrics
 
     def evaluate(self, update: int) -> None:
@@ -189,7 +194,8 @@ class PolicyJob:
         if place == 0 or not self.pool:
             self.pool = self._filtered(choice, epoch)
         order = torch.randperm(len(self.pool), generator=generator(self.seed, "order", update)).tolist()
-        return [self.pool[order[index % len(order)]] for index in range(min(count, len(order)))]
+        count = min(count, max(len(order), self.trainer.ranks.world))  # every rank needs a problem
+        return [self.pool[order[index % len(order)]] for index in range(count)]
 
     def _filtered(self, choice: ProblemFilter, epoch: int) -> list[Problem]:
         candidates = self.policy.task.problems("train", choice.pool, derive_seed(self.seed, "pool", epoch))
@@ -253,7 +259,7 @@ class PolicyJob:
     def _score(self, views: Views) -> tuple[Tensor, Tensor]:
         """Log-probabilities (M,) and entropies (M,) of the scored tokens of some views."""
         device = self.denoiser.device
-        self.trainer.cost.forwards += len(views)
+        self.scored += len(views)
         features = self.denoiser.features(views.ids.to(device), views.valid.to(device))
         row, column = (index.to(device) for index in views.scored.nonzero(as_tuple=True))
         targets = views.targets.to(device)[row, column]

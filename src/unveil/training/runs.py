@@ -156,7 +156,7 @@ def _run(
         if not found:
             raise UserError(f"{run}: no complete checkpoint to resume from")
         resume_at = int(found[-1].name.rpartition("-")[2])
-    elif run.exists() and any(run.iterdir()):
+    elif trainer.ranks.total(float(main and run.exists() and any(run.iterdir()))):  # asked once: rank 0 soon fills it
         raise UserError(f"{run}: the run folder is occupied (allowed: a new folder, or --resume to continue this run)")
     job = make(_draft_log(run))
     if resume:

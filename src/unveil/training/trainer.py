@@ -160,7 +160,8 @@ class Trainer:
         with _Interruption(self):
             if self.done == 0:
                 job.evaluate(0)
-            while self.done < self.updates and not self.interrupted:
+            stop = self._asked_to_stop()
+            while self.done < self.updates and not stop:
                 started = time.perf_counter()
                 for group in self.optimizer.param_groups:
                     group["lr"] = self.optim.lr_at(self.done, self.updates)
@@ -177,9 +178,13 @@ class Trainer:
                 last = self.done == self.updates
                 if last or self.done % self.eval_every == 0:
                     job.evaluate(self.done)
-                if self.ranks.main and (last or self.interrupted or self.done % self.checkpoints.every == 0):
-                    self.save(job)
-                    log.cost(self.cost)
+                stop = self._asked_to_stop()
+                # In a row of bad steps nothing is saved, so that the newest checkpoint is one from before them.
+                if last or stop or (self.done % self.checkpoints.every == 0 and self.bad_steps == 0):
+                    self._check_weights()
+                    if self.ranks.main:
+                        self.save(job)
+                        log.cost(self.cost)
         return self.done == self.updates
 
     def optimise(self, losses: Iterable[Loss]) -> dict[str, float]:
@@ -209,6 +214,14 @@ class Trainer:
         if self.optim.precision == "bf16":
             return torch.autocast(self.ranks.device.type, dtype=torch.bfloat16)
         return nullcontext()
+
+    def _asked_to_stop(self) -> bool:
+        """Whether any rank was interrupted: all have to leave the loop after the same update."""
+        return self.ranks.total(float(self.interrupted)) > 0
+
+    def _check_weights(self) -> None:
+        if not all(bool(parameter.isfinite().all()) for parameter in self.parameters):
+            raise NumericalError(f"update {self.done}: weights are nan or inf: stopped (the last checkpoint is good)")
 
     def _bad_step(self, loss: float, norm: float) -> None:
         self.optimizer.zero_grad(set_to_none=True)

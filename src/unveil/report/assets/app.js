@@ -209,7 +209,7 @@ function tokenBox(trajectory, index, place) {
   box.style.minWidth = `calc(${trajectory.widths[place]}ch + var(--pad))`;
   const confidence = token == null ? step.confidence?.[place] : trajectory.standing[index][place];
   const old = taken ? before?.tokens[place] ?? guess : null;
-  if (false) box.append(make("del", {}, visible(old)));
+  if (old != null) box.append(make("del", {}, visible(old)));
   if (token != null) {
     box.append(visible(token));
     if (confidence != null && !taken) {
