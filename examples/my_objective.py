@@ -1,8 +1,9 @@
-"""An objective and an advantage of your own in the place of MDPO's: `python examples/my_objective.py` runs 3 updates."""
+"""An objective and an advantage of your own in the place of MDPO's; run this file for three updates."""
 
 from __future__ import annotations
 
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -20,7 +21,7 @@ from unveil.training.runs import TrainRecipe, train
 
 @dataclass(kw_only=True)
 class MyObjective(Objective):
-    """REINFORCE with a capped importance weight: -min(rho, cap) A log p, rho = exp(new - old) held constant."""
+    """REINFORCE with a capped weight: -min(rho, cap) A log p, where rho = exp(new - old) is held constant."""
 
     cap: Annotated[float, Field(gt=0)] = 2.0
     """Largest weight of a token."""
@@ -35,9 +36,9 @@ class MyObjective(Objective):
 
 @dataclass(kw_only=True)
 class MyAdvantage(Advantage):
-    """Discounted improvement: sum over u >= s of discount^(u - s) (r_u - r_{u-1}), against the group at step s."""
+    """Discounted improvement, sum over u >= s of discount^(u - s) (r_u - r_{u-1}), against the group."""
 
-    reads_guesses: ClassVar[bool] = True  # the reward of every step's guess, not only of the finished response
+    reads_guesses: ClassVar[bool] = True  # asks for the reward of every step's guess
     discount: Annotated[float, Field(ge=0, le=1)] = 0.9
     """At 1 a step gets what the rest of the chain gains, at 0 only its own gain."""
 
@@ -49,9 +50,9 @@ class MyAdvantage(Advantage):
 
 
 if __name__ == "__main__":
-    small = ["updates=3", "eval.every=3", "eval.problems=64", "policy.rollout.prompts=8", "log.tensorboard=false"]
+    small = ["updates=3", "eval.every=3", "eval.problems=64", "policy.rollout.prompts=4"]
     recipe = build(TrainRecipe, load(find_recipe("mdpo"), [*small, "policy.inner_updates=2"]))
     recipe.policy.objective, recipe.policy.advantage = MyObjective(cap=1.5), MyAdvantage(discount=0.8)
-    run = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/my-objective")
+    run = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp(prefix="my-objective-"))
     train(recipe, run, progress=lambda update, metrics: print(update, metrics["reward"], metrics["capped"]))
     print(f"unveil view {run}")

@@ -468,7 +468,6 @@ def test_a_changed_plugin_name_drops_the_old_fields_down_to_the_built_class(tmp_
 
 def test_importing_the_module_does_not_import_torch():
     code = (
-        "import sys, unveil.recipe, unveil.recipe_keys\n"
-        "sys.exit(not {'torch', 'transformers'}.isdisjoint(sys.modules))"
+        "import sys, unveil.recipe, unveil.recipe_keys\nsys.exit(not {'torch', 'transformers'}.isdisjoint(sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -67,9 +67,7 @@ def test_keys_of_a_class_with_type_default_and_docstring():
 
 
 def test_a_recipe_shows_its_own_values_and_plugins():
-    recipe = Job(
-        optim=Optim(lr=0.5), needed=Power(k=3.0), schedule=Even(), many=[Even(), Power()], maybe=Power(k=4.0)
-    )
+    recipe = Job(optim=Optim(lr=0.5), needed=Power(k=3.0), schedule=Even(), many=[Even(), Power()], maybe=Power(k=4.0))
     assert [(key.path, key.default) for key in describe(Job, recipe)] == [
         ("optim.lr", "0.5"),
         ("optim.betas", "[0.5]"),

@@ -48,9 +48,7 @@ def short(value: Any) -> str:
 
 def _path_of(issue: ErrorDetails, data: Any, path: str) -> str:
     for part in issue["loc"]:
-        inside = (
-            range(len(data)) if isinstance(data, list | tuple) else data if isinstance(data, Mapping) else ()
-        )
+        inside = range(len(data)) if isinstance(data, list | tuple) else data if isinstance(data, Mapping) else ()
         if part in inside:
             data, path = data[part], join(path, part)
         # What does not lead into the data names the member of a union.

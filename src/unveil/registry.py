@@ -44,7 +44,9 @@ class Plugin:
         if name is not None:
             other = cls.known.get(name)
             if other is not None and other.__qualname__ != cls.__qualname__:
-                raise ValueError(f"{cls.family} {name!r} is already registered by {other.__module__}.{other.__qualname__}")
+                raise ValueError(
+                    f"{cls.family} {name!r} is already registered by {other.__module__}.{other.__qualname__}"
+                )
             cls.name = name
             cls.known[name] = cls
 

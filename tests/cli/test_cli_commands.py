@@ -101,18 +101,14 @@ def test_train_tells_progress_on_stderr_and_results_on_stdout(
     assert "reward" not in output.out
 
 
-def test_resume_goes_on_where_the_run_ended(
-    capsys: pytest.CaptureFixture[str], runs: Path, tmp_path: Path
-) -> None:
+def test_resume_goes_on_where_the_run_ended(capsys: pytest.CaptureFixture[str], runs: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     recipe = str(runs / "policy.yaml")
     first = answer(capsys, "train", recipe, "--run", run, "updates=1", "--quiet")
     assert first["status"] == "finished"
     second = answer(capsys, "train", "--resume", run, "updates=2", "--quiet")
     assert second["cost"]["optimizer_steps"] == 2
-    assert (run / "model/model.safetensors").read_bytes() == (
-        runs / "tuned/model/model.safetensors"
-    ).read_bytes()
+    assert (run / "model/model.safetensors").read_bytes() == (runs / "tuned/model/model.safetensors").read_bytes()
     assert "updates: 2\n" in (run / "recipe.yaml").read_text()
 
 
@@ -151,9 +147,7 @@ def test_decode_plain_and_json(capsys: pytest.CaptureFixture[str], runs: Path, t
     assert told["forwards"] == 24
 
 
-def test_decode_reads_stdin(
-    capsys: pytest.CaptureFixture[str], runs: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_decode_reads_stdin(capsys: pytest.CaptureFixture[str], runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = os.pipe()
     os.write(writer, b"1 2 3 -> 6\n4 5 6 -> 15\n")
     os.close(writer)
@@ -180,9 +174,7 @@ def test_decode_samples_differ_and_repeat(capsys: pytest.CaptureFixture[str], ru
     assert answer(capsys, *argv, "random", "--seed", "1")["completions"] != first
 
 
-def test_decode_infill_keeps_the_words(
-    capsys: pytest.CaptureFixture[str], runs: Path, tmp_path: Path
-) -> None:
+def test_decode_infill_keeps_the_words(capsys: pytest.CaptureFixture[str], runs: Path, tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
     told = answer(
         capsys, "decode", runs / "base", "--prompt", "1 2 3 -> 6", "--infill", "1 + <mask> = <mask><mask> 3",
@@ -246,9 +238,7 @@ def test_eval_grid(capsys: pytest.CaptureFixture[str], runs: Path, tmp_path: Pat
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(records) == 6 * len(results)
     first = [
-        record
-        for record in records
-        if record["decoder"] == "lcr" and record["steps"] == 4 and not record["block"]
+        record for record in records if record["decoder"] == "lcr" and record["steps"] == 4 and not record["block"]
     ]
     assert sum(record["correct"] for record in first) / 6 == results[0]["accuracy"]
     assert all(record["completion"] is not None and record["prompt"] for record in records)
@@ -314,9 +304,7 @@ def wait_until(ready: Any, process: subprocess.Popen[str]) -> None:
 
 def test_interrupted_run_resumes(capsys: pytest.CaptureFixture[str], runs: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    process = started(
-        "train", runs / "policy.yaml", "updates=100000", "eval.every=100000", "--run", run, "--json"
-    )
+    process = started("train", runs / "policy.yaml", "updates=100000", "eval.every=100000", "--run", run, "--json")
     metrics = run / "metrics.jsonl"
     wait_until(lambda: metrics.is_file() and '"train"' in metrics.read_text(), process)
     process.send_signal(signal.SIGINT)

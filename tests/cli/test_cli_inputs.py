@@ -84,9 +84,7 @@ def test_what_argparse_refuses(argv: list[str], capsys: pytest.CaptureFixture[st
 def test_words_that_are_no_overrides(capsys: pytest.CaptureFixture[str], recipe: Path) -> None:
     assert "'extra' is no override" in refused(capsys, "train", recipe, "extra", "--print")
     assert "RECIPE: required" in refused(capsys, "train", "updates=3")
-    assert "'steps=3' should look like task.key=value" in refused(
-        capsys, "eval", "m", "--task", "countdown", "steps=3"
-    )
+    assert "'steps=3' should look like task.key=value" in refused(capsys, "eval", "m", "--task", "countdown", "steps=3")
 
 
 def test_overrides_may_stand_anywhere(capsys: pytest.CaptureFixture[str], recipe: Path) -> None:
@@ -153,9 +151,7 @@ def test_broken_training_file_of_pretrain(capsys: pytest.CaptureFixture[str], tm
     assert not (tmp_path / "run").exists()
 
 
-def test_occupied_run_folder_is_left_alone(
-    capsys: pytest.CaptureFixture[str], recipe: Path, tmp_path: Path
-) -> None:
+def test_occupied_run_folder_is_left_alone(capsys: pytest.CaptureFixture[str], recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").write_text("precious")
     assert "occupied" in refused(capsys, "train", recipe, "--run", tmp_path / "run")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-HOSTILE = "</script><img src=x onerror=\"window.hacked = 1\"><!-- {{data}}"
+HOSTILE = '</script><img src=x onerror="window.hacked = 1"><!-- {{data}}'
 RECIPE = """system:
   name: mdpo          # per-step advantages on the trajectory itself
   trained_steps: 4

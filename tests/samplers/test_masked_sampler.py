@@ -17,14 +17,34 @@ from unveil.processes.masked import token_log_prob
 from unveil.registry import UserError
 from unveil.samplers.canvas import Canvas
 from unveil.samplers.masked import MaskedSampler
-from unveil.samplers.rules import Entropy, Factor, LowConfidence, Margin, Random, Rule, RunningConfidence, Threshold
+from unveil.samplers.rules import (
+    Entropy,
+    Factor,
+    LowConfidence,
+    Margin,
+    Random,
+    Rule,
+    RunningConfidence,
+    Threshold,
+)
 from unveil.samplers.schedules import Cosine, Even, Linear, Schedule
 from unveil.samplers.text import response_texts
 from unveil.samplers.trajectory import OPTIONAL, Trajectory
 
 MASK, PAD, END, WORD = 0, 1, 2, 4
-NEVER_TAKES_BACK: list[Rule] = [LowConfidence(), Random(), Margin(), Entropy(), Threshold(threshold=0.3, cap=3), Factor(factor=1.7)]
-RULES: list[Rule] = [*NEVER_TAKES_BACK, RunningConfidence(), RunningConfidence(running="max", confidence="margin")]
+NEVER_TAKES_BACK: list[Rule] = [
+    LowConfidence(),
+    Random(),
+    Margin(),
+    Entropy(),
+    Threshold(threshold=0.3, cap=3),
+    Factor(factor=1.7),
+]
+RULES: list[Rule] = [
+    *NEVER_TAKES_BACK,
+    RunningConfidence(),
+    RunningConfidence(running="max", confidence="margin"),
+]
 RULE_IDS = ["lcr", "random", "margin", "entropy", "threshold", "factor", "rcr-last", "rcr-max-margin"]
 
 
@@ -47,7 +67,12 @@ class Scripted(MaskedDenoiser):
         super().__init__()
         self.script, self.prompt_width, self.calls = script, prompt_width, 0
         self.spec = DenoiserSpec(
-            vocab_size=script.shape[-1], mask_id=MASK, pad_id=PAD, end_ids=(END,), forbidden_ids=(MASK, PAD), context_length=64
+            vocab_size=script.shape[-1],
+            mask_id=MASK,
+            pad_id=PAD,
+            end_ids=(END,),
+            forbidden_ids=(MASK, PAD),
+            context_length=64,
         )
         self.anchor = nn.Parameter(torch.zeros(()))
 
@@ -70,7 +95,9 @@ def words_with(certain: Sequence[Sequence[float]]) -> Tensor:
     return logits
 
 
-def sample(sampler: MaskedSampler, denoiser: MaskedDenoiser, prompt: list[int], length: int, **more: object) -> Trajectory:
+def sample(
+    sampler: MaskedSampler, denoiser: MaskedDenoiser, prompt: list[int], length: int, **more: object
+) -> Trajectory:
     return sampler.sample(denoiser, Canvas.of([prompt], length, denoiser.spec), [0], **more)  # type: ignore[arg-type]
 
 
@@ -94,7 +121,9 @@ def llada(denoiser: MaskedDenoiser, prompt: list[int], length: int, block: int, 
 
 
 @pytest.mark.parametrize(("length", "block", "steps"), [(12, 12, 5), (12, 4, 3), (10, 4, 2), (9, 9, 9), (8, 8, 1)])
-def test_low_confidence_equals_the_written_out_loop(denoiser: TransformerDenoiser, length: int, block: int, steps: int) -> None:
+def test_low_confidence_equals_the_written_out_loop(
+    denoiser: TransformerDenoiser, length: int, block: int, steps: int
+) -> None:
     blocks = -(-length // block)
     sampler = MaskedSampler(steps=steps * blocks, block_length=block)
     for prompt in ([4, 5, 6], [13, 7, 9, 9, 4], [8]):
@@ -142,7 +171,9 @@ def test_running_confidence_equals_plain_python(
     script = 2 * torch.randn(blocks * steps, length, 8, generator=torch.Generator().manual_seed(seed))
     script[..., [MASK, PAD]] = -torch.inf
     sampler = MaskedSampler(
-        steps=blocks * steps, block_length=block, rule=RunningConfidence(running=running)  # type: ignore[arg-type]
+        steps=blocks * steps,
+        block_length=block,
+        rule=RunningConfidence(running=running),  # type: ignore[arg-type]
     )
     done = sample(sampler, Scripted(script, prompt), [5] * prompt, length, needs={"states", "taken_back"})
     expected = rcr(script, length, block, steps, running)
@@ -158,7 +189,12 @@ def test_running_confidence_equals_plain_python(
 # max:  step 1 runs (.80 .75 .85 .90), position 2 still scoring .85 from step 0: the two lowest are 1 and 0 -> [_ _ 1 0]
 #       step 2 runs (.88 .95 .85 .90): position 2 goes back         -> [2 2 _ 0]
 #       step 3 fills it                                             -> [2 2 3 0]
-HAND = [[0.60, 0.70, 0.85, 0.90], [0.80, 0.75, 0.65, 0.99], [0.88, 0.95, 0.92, 0.99], [0.70, 0.70, 0.70, 0.70]]
+HAND = [
+    [0.60, 0.70, 0.85, 0.90],
+    [0.80, 0.75, 0.65, 0.99],
+    [0.88, 0.95, 0.92, 0.99],
+    [0.70, 0.70, 0.70, 0.70],
+]
 W = [WORD, WORD + 1, WORD + 2, WORD + 3]
 STATES = {
     "last": [[0, 0, 0, W[0]], [W[1], 0, 0, W[0]], [0, W[2], W[2], W[0]], [W[3], W[2], W[2], W[0]]],
@@ -218,7 +254,9 @@ PROMPTS = [[4, 5, 6], [7], [8, 9, 10, 11, 12], [6, 4], [13, 4, 9, 9]]
 @pytest.mark.parametrize("block", [None, 4])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("rule", RULES, ids=RULE_IDS)
-def test_a_batch_equals_its_rows(denoiser: TransformerDenoiser, rule: Rule, temperature: float, block: int | None) -> None:
+def test_a_batch_equals_its_rows(
+    denoiser: TransformerDenoiser, rule: Rule, temperature: float, block: int | None
+) -> None:
     lengths, local = [12, 5, 8, 9, 4], 2
     seeds = [31, 32, 33, 34, 35]
     needs = set(OPTIONAL) - ({"step_map"} if rule.takes_back else set())
@@ -329,7 +367,10 @@ def test_recorded_log_probs_equal_a_forward_pass_on_the_recorded_state(
 ) -> None:
     sampler = MaskedSampler(steps=6, block_length=4, rule=RunningConfidence(), temperature=temperature, top_p=0.9)
     done = sampler.sample(
-        denoiser, Canvas.of(PROMPTS, [12, 5, 8, 9, 4], denoiser.spec), range(5), needs={"states", "guesses", "log_prob"}
+        denoiser,
+        Canvas.of(PROMPTS, [12, 5, 8, 9, 4], denoiser.spec),
+        range(5),
+        needs={"states", "guesses", "log_prob"},
     )
     assert done.states is not None and done.guesses is not None and done.log_prob is not None
     for row, step in done.active.nonzero().tolist():
@@ -416,7 +457,9 @@ def test_stopping_at_the_end_token_gives_the_text_of_the_full_run(
     prompts, lengths = 3 * prompts, 3 * lengths
     canvas, seeds = Canvas.of(prompts, lengths, denoiser.spec), range(len(prompts))
     full, early = (
-        MaskedSampler(steps=12, block_length=block, rule=rule, temperature=1.5, stop_at_end=stop).sample(denoiser, canvas, seeds)
+        MaskedSampler(steps=12, block_length=block, rule=rule, temperature=1.5, stop_at_end=stop).sample(
+            denoiser, canvas, seeds
+        )
         for stop in (False, True)
     )
     assert response_texts(denoiser, early.response_ids) == response_texts(denoiser, full.response_ids)
@@ -440,9 +483,17 @@ def test_a_row_stops_only_behind_text_without_holes() -> None:
 @pytest.mark.parametrize(
     ("sampler", "length", "message"),
     [
-        (MaskedSampler(steps=5, block_length=4), 8, r"steps: 5 do not divide into 2 blocks \(allowed: multiples of 2\)"),
+        (
+            MaskedSampler(steps=5, block_length=4),
+            8,
+            r"steps: 5 do not divide into 2 blocks \(allowed: multiples of 2\)",
+        ),
         (MaskedSampler(steps=9), 8, r"steps: 9 do not fit a response of 8 tokens"),
-        (MaskedSampler(steps=2, block_length=9), 8, r"block_length: 9 is longer than the response \(8 tokens\)"),
+        (
+            MaskedSampler(steps=2, block_length=9),
+            8,
+            r"block_length: 9 is longer than the response \(8 tokens\)",
+        ),
     ],
 )
 def test_steps_that_do_not_fit_are_refused_before_any_work(
@@ -459,7 +510,8 @@ def test_rules_without_a_schedule_ignore_steps(denoiser: TransformerDenoiser) ->
 
 
 @pytest.mark.parametrize(
-    ("needs", "message"), [({"step_map"}, "'step_map' is not exact"), ({"state"}, "'state' does not exist, did you mean 'states'")]
+    ("needs", "message"),
+    [({"step_map"}, "'step_map' is not exact"), ({"state"}, "'state' does not exist, did you mean 'states'")],
 )
 def test_records_that_cannot_be_kept_are_refused(denoiser: TransformerDenoiser, needs: set[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
@@ -481,7 +533,10 @@ def test_seeds_must_match_rows(denoiser: TransformerDenoiser) -> None:
     [
         (([], 4), "at least one prompt"),
         (([[4]], 0), "response_length: should be at least 1, got 0"),
-        (([[4], [4] * 21], 4), r"canvas of 24 tokens is too short for prompt 1 \(21 tokens\) and its response \(4 tokens\)"),
+        (
+            ([[4], [4] * 21], 4),
+            r"canvas of 24 tokens is too short for prompt 1 \(21 tokens\) and its response \(4 tokens\)",
+        ),
     ],
 )
 def test_impossible_canvases_are_refused(denoiser: TransformerDenoiser, arguments: tuple, message: str) -> None:

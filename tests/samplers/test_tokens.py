@@ -183,9 +183,7 @@ def brute_force_filter(row: list[float], top_k: int | None, top_p: float | None)
     top_k=st.none() | st.integers(1, 25),
     top_p=st.none() | st.floats(0.01, 0.99),
 )
-def test_filters_equal_brute_force(
-    seed: int, vocabulary: int, top_k: int | None, top_p: float | None
-) -> None:
+def test_filters_equal_brute_force(seed: int, vocabulary: int, top_k: int | None, top_p: float | None) -> None:
     logits = random_logits(3, vocabulary, seed).mul(2).round().div(2)  # rounding makes ties
     logits = logits + torch.tensor([[0.0], [500.0], [-500.0]])
     filtered = filter_logits(logits, top_k, top_p)

@@ -60,9 +60,7 @@ def test_it_is_a_task_called_countdown() -> None:
 def test_generated_problems_keep_every_rule(
     numbers: int, top: int, max_target: int, middle: int, form: Literal["steps", "expression"], seed: int
 ) -> None:
-    task = Countdown(
-        numbers=numbers, max_number=top, max_target=max_target, max_intermediate=middle, form=form
-    )
+    task = Countdown(numbers=numbers, max_number=top, max_target=max_target, max_intermediate=middle, form=form)
     for problem in task.problems("train", 20, seed):
         given, target = problem.answer["numbers"], problem.answer["target"]
         assert problem.prompt == f"{' '.join(map(str, given))} -> {target}"
@@ -159,9 +157,7 @@ def test_small_spaces_are_given_completely_and_then_refused_with_their_exact_siz
     for split in ("train", "test"):
         with pytest.raises(UserError) as error:
             task.problems(split, 10**6, 0)
-        match = re.match(
-            rf"countdown has (\d+) {split} problems with numbers=3, max_number=4,", str(error.value)
-        )
+        match = re.match(rf"countdown has (\d+) {split} problems with numbers=3, max_number=4,", str(error.value))
         assert match is not None
         sizes[split] = int(match[1])
     assert sizes["train"] + sizes["test"] == len(everything)
@@ -295,9 +291,7 @@ def test_a_test_file_is_read_in_order_and_kept_out_of_train(tmp_path: Path) -> N
 def test_a_train_file_is_shuffled_and_leaves_out_what_is_test(tmp_path: Path) -> None:
     rows = [row(f"{a},{b}", a + b) for a, b in combinations_with_replacement(range(1, 21), 2)]
     task = Countdown(numbers=2, max_number=20, train_file=write(tmp_path, "train.jsonl", *rows))
-    with pytest.raises(
-        UserError, match=r"train\.jsonl: holds \d+ different train problems, 210 were"
-    ) as error:
+    with pytest.raises(UserError, match=r"train\.jsonl: holds \d+ different train problems, 210 were") as error:
         task.problems("train", 210, 0)
     size = int(str(error.value).split("holds ")[1].split()[0])
     train = task.problems("train", size, 0)

@@ -41,9 +41,7 @@ def test_solutions_are_the_running_sums(
 
 @pytest.mark.parametrize("answer_first", [False, True])
 @pytest.mark.parametrize("judge", ["last", "all"])
-def test_every_possible_response_of_the_right_length(
-    answer_first: bool, judge: Literal["last", "all"]
-) -> None:
+def test_every_possible_response_of_the_right_length(answer_first: bool, judge: Literal["last", "all"]) -> None:
     slots = ["0", "1", "0", "2", "0"] if answer_first else ["1", "0", "2", "0"]
     problem = Problem(id="p", prompt="1 2 2 1", answer={"slots": slots})
     task = RunningSum(length=4, answer_first=answer_first, judge=judge)
@@ -70,9 +68,7 @@ def test_every_possible_response_of_the_right_length(
         ("1 0 2 ０", "last", False, 0.75),
     ],
 )
-def test_responses_of_another_length(
-    text: str, judge: Literal["last", "all"], correct: bool, score: float
-) -> None:
+def test_responses_of_another_length(text: str, judge: Literal["last", "all"], correct: bool, score: float) -> None:
     verdict = RunningSum(length=4, judge=judge).check(CHAIN, text)
     assert (verdict.correct, verdict.score) == (correct, score)
 

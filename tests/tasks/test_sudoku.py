@@ -186,9 +186,7 @@ def test_a_test_file_is_read_in_order_and_its_puzzles_are_kept_out_of_train(tmp_
     problems = task.problems("test", 2000, 5)
     assert [f"{p.answer['puzzle']},{p.answer['solution']}" for p in problems] == held_out
     assert problems[0].solution == " ".join(GRIDS[0])
-    with pytest.raises(
-        UserError, match=r"data\.csv: holds 2000 different test problems, 2001 were asked for"
-    ):
+    with pytest.raises(UserError, match=r"data\.csv: holds 2000 different test problems, 2001 were asked for"):
         task.problems("test", 2001, 0)
     train = task.problems("train", 2000, 0)
     assert {p.answer["puzzle"] for p in train} <= rest
@@ -203,9 +201,7 @@ def test_a_train_file_is_shuffled_and_leaves_out_what_is_test(tmp_path: Path) ->
     assert train != task.problems("train", 200, 1)
     tested = {p.answer["solution"] for p in task.problems("test", 500, 0)}
     assert not tested & {p.answer["solution"] for p in train}
-    with pytest.raises(
-        UserError, match=rf"data\.csv: holds {288 - len(tested)} different train problems, 288"
-    ):
+    with pytest.raises(UserError, match=rf"data\.csv: holds {288 - len(tested)} different train problems, 288"):
         task.problems("train", 288, 0)
     test_file = write(tmp_path, *rows[10:20], name="test.csv")
     both = Sudoku(train_file=str(tmp_path / "data.csv"), test_file=test_file)

@@ -5,6 +5,9 @@ run in practice: one prompt at a time, because that loop knows no padding mask; 
 over the whole vocabulary for the confidence; a top-k per row. Both sides use one network and the same prompts, with the
 schedule `even` and temperature 0, so their outputs must be equal token by token, and every difference in time is the
 loop's own. They take turns (A B A B ...), and ratios are formed turn by turn.
+
+``network_ratio`` replays the network calls of both sides without any loop: what batching alone gains on this device. A
+processor core that is busy with one sequence gains little from eight; a GPU that waits for launches gains almost eight.
 """
 
 from __future__ import annotations
@@ -34,7 +37,8 @@ from unveil.seeds import derive_seed, generator
 DEMAND_SINGLE = 0.95
 """At batch 1: samples per second, ours over the reference, at least."""
 DEMAND_MIXED = 3.0
-"""At batch 8 and more, prompts and responses of mixed lengths: samples per second, ours over the reference, at least."""
+"""At batch 8 and more, prompts and responses of mixed lengths: samples per second, ours over the reference, at
+least."""
 DEMAND_MEMORY = 0.25
 """Peak memory of scoring tokens, ours over the full log-softmax, at most."""
 
@@ -53,23 +57,25 @@ class Workload:
 
     @classmethod
     def of(cls, denoiser: MaskedDenoiser, batch: int, seed: int) -> Workload:
-        """``batch`` random prompts of 6-16 tokens, responses of 8, 12, 16, 20 and 24 tokens in blocks of 4, 2 steps each.
+        """``batch`` random prompts of 6-16 tokens, responses of 8, 12, 16, 20 and 24 tokens in blocks of 4, 2 steps
+        each.
 
         Raises:
             UserError: the model's canvas is too short.
         """
-        if denoiser.spec.context_length < 40:
-            raise UserError(f"the bench needs a canvas of 40 tokens, the model has {denoiser.spec.context_length}")
+        context = denoiser.spec.context_length
+        if context < 72:
+            raise UserError(f"context_length: the bench needs a canvas of 72 tokens, the model has {context}")
         forbidden = {*denoiser.spec.forbidden_ids, *denoiser.spec.end_ids}
         words = torch.tensor([index for index in range(denoiser.spec.vocab_size) if index not in forbidden])
         stream = generator(seed, "bench prompts", batch)
         prompts, lengths = [], []
         for row in range(batch):
-            length = int(torch.randint(6, 17, (1,), generator=stream))
+            length = int(torch.randint(8, 25, (1,), generator=stream))
             drawn = torch.randint(len(words), (length,), generator=stream)
             prompts.append(words[drawn].tolist())
-            lengths.append((16, 8, 24, 12, 20)[row % 5])
-        return cls(prompts=prompts, lengths=lengths, block_length=4, steps_per_block=2)
+            lengths.append((32, 16, 48, 24, 40)[row % 5])
+        return cls(prompts=prompts, lengths=lengths, block_length=8, steps_per_block=4)
 
 
 def run(
@@ -95,7 +101,11 @@ def run(
     Raises:
         UserError: a number is below 1, or the model's canvas is too short.
     """
-    for name, number in (("repeats", repeats), ("positions", positions), *(("batch", size) for size in batch_sizes)):
+    for name, number in (
+        ("repeats", repeats),
+        ("positions", positions),
+        *(("batch", size) for size in batch_sizes),
+    ):
         if number < 1:
             raise UserError(f"{name}: should be at least 1, got {number}")
     denoiser = (random_network(seed) if model is None else model).eval()
@@ -133,6 +143,7 @@ def render(result: dict[str, Any]) -> Table:
         demand = "-" if case["demand"] is None else f">= {case['demand']:g}"
         speed = f"{ours['samples_per_second']:.1f}", f"{plain['samples_per_second']:.1f}"
         table.add_row(f"batch {batch}: samples/s", *speed, ratio, demand, verdict)
+        table.add_row(f"batch {batch}: network alone", "", "", f"{case['network_ratio']:.2f}", "", "")
         table.add_row(f"batch {batch}: network calls", str(ours["calls"]), str(plain["calls"]), "", "", "")
         table.add_row(f"batch {batch}: sequences", str(ours["sequences"]), str(plain["sequences"]), "", "", "")
         peaks = _mebibytes(ours["peak_bytes"]), _mebibytes(plain["peak_bytes"])
@@ -198,7 +209,9 @@ def our_decode(denoiser: MaskedDenoiser, work: Workload) -> list[Tensor]:
     """All responses of the workload in one call of `MaskedSampler`."""
     width = max(work.lengths)
     sampler = MaskedSampler(
-        steps=width // work.block_length * work.steps_per_block, block_length=work.block_length, temperature=0.0
+        steps=width // work.block_length * work.steps_per_block,
+        block_length=work.block_length,
+        temperature=0.0,
     )
     canvas = Canvas.of(work.prompts, work.lengths, denoiser.spec)
     done = sampler.sample(denoiser, canvas, [derive_seed(row) for row in range(len(canvas))])
@@ -220,11 +233,17 @@ def plain_decodes(denoiser: MaskedDenoiser, work: Workload) -> list[Tensor]:
 
 
 def log_prob_memory(
-    *, positions: int = 512, width: int = 64, chunk_rows: int = 32, seed: int = 0, device: torch.device | None = None
+    *,
+    positions: int = 512,
+    width: int = 64,
+    chunk_rows: int = 32,
+    seed: int = 0,
+    device: torch.device | None = None,
 ) -> dict[str, Any]:
     """Peak memory, forward and backward, of scoring ``positions`` tokens of a vocabulary of 126,464.
 
-    Ours is `score_tokens` in chunks of ``chunk_rows``; the reference is head, float32, log_softmax, gather. The features,
+    Ours is `score_tokens` in chunks of ``chunk_rows``; the reference is head, float32, log_softmax, gather. The
+    features,
     the head's weights and its gradient are counted on both sides.
     """
     head = _HeadOnly(width, generator(seed, "bench head")).to(device)
@@ -314,25 +333,31 @@ class _HeadOnly(MaskedDenoiser):
         return features @ self.weight.T
 
 
-class _Count:
-    """Network calls, and sequences in them, while the hook is on."""
+class _Calls:
+    """Keeps the inputs of every network call while it is entered."""
 
     def __init__(self, denoiser: MaskedDenoiser) -> None:
-        self.denoiser, self.calls, self.sequences = denoiser, 0, 0
+        self.denoiser = denoiser
+        self.inputs: list[tuple[Tensor, Tensor]] = []
 
-    def __enter__(self) -> _Count:
+    def __enter__(self) -> _Calls:
         original = self.denoiser.features
 
-        def counted(ids: Tensor, valid: Tensor) -> Tensor:
-            self.calls += 1
-            self.sequences += len(ids)
+        def kept(ids: Tensor, valid: Tensor) -> Tensor:
+            self.inputs.append((ids.clone(), valid.clone()))
             return original(ids, valid)
 
-        self.denoiser.features = counted  # type: ignore[method-assign]
+        self.denoiser.features = kept  # type: ignore[method-assign]
         return self
 
     def __exit__(self, *error: object) -> None:
         del self.denoiser.features
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        """The network calls alone, without the loop around them and without the head."""
+        for ids, valid in self.inputs:
+            self.denoiser.features(ids, valid)
 
 
 def _decoding_case(denoiser: MaskedDenoiser, batch: int, repeats: int, seed: int) -> dict[str, Any]:
@@ -341,23 +366,31 @@ def _decoding_case(denoiser: MaskedDenoiser, batch: int, repeats: int, seed: int
         "ours": lambda: our_decode(denoiser, work),
         "reference": lambda: plain_decodes(denoiser, work),
     }
-    outputs, report = {}, {}
+    outputs, report, calls = {}, {}, {}
     for name, decode in sides.items():
-        with _Count(denoiser) as count:
+        with _Calls(denoiser) as calls[name]:
             outputs[name] = decode()
         peak = peak_bytes(decode, denoiser.device, list(denoiser.state_dict().values()))
-        report[name] = {"calls": count.calls, "sequences": count.sequences, "peak_bytes": peak}
+        inputs = calls[name].inputs
+        report[name] = {"calls": len(inputs), "sequences": sum(len(ids) for ids, _ in inputs), "peak_bytes": peak}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
+    network: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repeats):
         for name, decode in sides.items():
             seconds[name].append(_seconds(decode, denoiser.device))
+        for name in sides:
+            network[name].append(_seconds(calls[name].replay, denoiser.device))
     for name in sides:
         report[name]["samples_per_second"] = batch / median(seconds[name])
-    ratios = [plain / ours for ours, plain in zip(seconds["ours"], seconds["reference"], strict=True)]
+    ratios, bounds = (
+        [plain / ours for ours, plain in zip(times["ours"], times["reference"], strict=True)]
+        for times in (seconds, network)
+    )
     demand = DEMAND_SINGLE if batch == 1 else DEMAND_MIXED if batch >= 8 else None
     identical = all(map(torch.equal, outputs["ours"], outputs["reference"]))
     return {
         "batch": batch,
+        "vocabulary": denoiser.spec.vocab_size,
         "prompt_lengths": [len(prompt) for prompt in work.prompts],
         "response_lengths": work.lengths,
         "block_length": work.block_length,
@@ -367,6 +400,7 @@ def _decoding_case(denoiser: MaskedDenoiser, batch: int, repeats: int, seed: int
         "ratio": median(ratios),
         "ratio_min": min(ratios),
         "ratio_max": max(ratios),
+        "network_ratio": median(bounds),
         "demand": demand,
         "holds": identical and (demand is None or median(ratios) >= demand),
     }

@@ -69,7 +69,10 @@ class SlotDenoiser(MaskedDenoiser):
 
     def save_pretrained(self, folder: str | Path) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        save_file({name: value.contiguous() for name, value in self.state_dict().items()}, Path(folder) / "model.safetensors")
+        save_file(
+            {name: value.contiguous() for name, value in self.state_dict().items()},
+            Path(folder) / "model.safetensors",
+        )
 
     def load(self, folder: Path) -> SlotDenoiser:
         load_weights(self, folder / "model.safetensors")

@@ -23,9 +23,7 @@ _LONGEST = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model", metavar="MODEL", help="model folder, run folder, or name of an embedded model"
-    )
+    parser.add_argument("model", metavar="MODEL", help="model folder, run folder, or name of an embedded model")
     given = parser.add_mutually_exclusive_group()
     given.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be repeated")
     given.add_argument(
@@ -43,12 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="response positions (default: as trained, where the model's recipe is at hand, else what "
         f"the model's canvas leaves, at most {_LONGEST})",
     )  # fmt: skip
-    parser.add_argument(
-        "--rule", default="lcr", metavar="NAME[:field=value,...]", help="decoding rule (default: lcr)"
-    )
-    parser.add_argument(
-        "--schedule", metavar="NAME[:field=value,...]", help="tokens per step (default: even)"
-    )
+    parser.add_argument("--rule", default="lcr", metavar="NAME[:field=value,...]", help="decoding rule (default: lcr)")
+    parser.add_argument("--schedule", metavar="NAME[:field=value,...]", help="tokens per step (default: even)")
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (default: one per position)")
     parser.add_argument("--block", type=int, metavar="N", help="block length (default: full diffusion)")
     parser.add_argument(
@@ -59,21 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rank-by", default="model", metavar="NAME", help="distribution of confidence: model or sampling"
     )
-    parser.add_argument(
-        "--stop-at-end", action="store_true", help="finish once an end token stands behind whole text"
-    )
-    parser.add_argument(
-        "--samples", type=int, default=1, metavar="N", help="completions per prompt (default: 1)"
-    )
+    parser.add_argument("--stop-at-end", action="store_true", help="finish once an end token stands behind whole text")
+    parser.add_argument("--samples", type=int, default=1, metavar="N", help="completions per prompt (default: 1)")
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="everything random derives from it (default: 0)"
     )
-    parser.add_argument(
-        "--trajectory", metavar="PATH", help="save all states, guesses and confidences (.safetensors)"
-    )
-    parser.add_argument(
-        "--show", action="store_true", help="print every denoising step: · hole, new, taken back"
-    )
+    parser.add_argument("--trajectory", metavar="PATH", help="save all states, guesses and confidences (.safetensors)")
+    parser.add_argument("--show", action="store_true", help="print every denoising step: · hole, new, taken back")
 
 
 OPTIONS = {
@@ -222,20 +208,14 @@ def _sampler(args: argparse.Namespace, length: int) -> Any:
     return sampler(settings, length, OPTIONS)
 
 
-def _show(
-    args: argparse.Namespace, denoiser: MaskedDenoiser, trajectory: Trajectory, row: int, prompt: str
-) -> None:
+def _show(args: argparse.Namespace, denoiser: MaskedDenoiser, trajectory: Trajectory, row: int, prompt: str) -> None:
     """Print the canvas after every step of one chain."""
     from unveil.training.records import chain_steps
 
     out = console(args)
     out.print(f"prompt: {prompt}")
     width = int(trajectory.response_valid[row].sum())
-    first = (
-        trajectory.states[row, 0, :width].tolist()
-        if trajectory.states is not None and trajectory.steps
-        else []
-    )
+    first = trajectory.states[row, 0, :width].tolist() if trajectory.states is not None and trajectory.steps else []
     before = denoiser.tokenizer.tokens(first)
     for number, step in enumerate(chain_steps(denoiser, trajectory, row), start=1):
         out.print(_step_line(number, step, before, styled=out.is_terminal))

@@ -26,9 +26,7 @@ def plugin(text: str, option: str) -> dict[str, Any]:
     try:
         values = merge({}, fields.split(","))
     except UserError as error:
-        raise UserError(
-            f"{option}: {text!r} should look like NAME:field=value,field=value: {error}"
-        ) from error
+        raise UserError(f"{option}: {text!r} should look like NAME:field=value,field=value: {error}") from error
     if "name" in values:
         raise UserError(f"{option}: {text!r} names the plug-in twice")
     return {"name": name, **values}

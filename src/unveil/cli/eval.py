@@ -29,18 +29,14 @@ SUMMARY = "measure a model on a task's held-out problems, over lengths x steps x
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model", metavar="MODEL", help="model folder, run folder, or name of an embedded model"
-    )
+    parser.add_argument("model", metavar="MODEL", help="model folder, run folder, or name of an embedded model")
     parser.add_argument("words", nargs="*", metavar="task.key=value", help="settings of the task")
     parser.add_argument("--task", required=True, metavar="NAME", help="task: countdown, sudoku ...")
     parser.add_argument(
         "--lengths", type=_list_of(int), metavar="N,...",
         help="response lengths (default: what the model was trained with, where its recipe is at hand)",
     )  # fmt: skip
-    parser.add_argument(
-        "--steps", type=_list_of(int), metavar="N,...", help="denoising steps (default: the length)"
-    )
+    parser.add_argument("--steps", type=_list_of(int), metavar="N,...", help="denoising steps (default: the length)")
     parser.add_argument(
         "--blocks", type=_list_of(_block), default=[None], metavar="N,...", help="block lengths; none: full"
     )
@@ -50,16 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RULE;...",
         help="rules NAME[:field=value,...]; may be repeated (default: lcr)",
     )
-    parser.add_argument(
-        "--temperature", type=_list_of(float), default=[0.0], metavar="T,...", help="default: 0"
-    )
+    parser.add_argument("--temperature", type=_list_of(float), default=[0.0], metavar="T,...", help="default: 0")
     parser.add_argument("--problems", type=int, default=512, metavar="N", help="how many (default: 512)")
-    parser.add_argument(
-        "--split", choices=("test", "train"), default="test", help="which problems (default: test)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of problems and sampling (default: 0)"
-    )
+    parser.add_argument("--split", choices=("test", "train"), default="test", help="which problems (default: test)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of problems and sampling (default: 0)")
     parser.add_argument("--out", metavar="FILE", help="write every completion to this new file (.jsonl)")
 
 
@@ -68,9 +58,7 @@ def _list_of(kind: Callable[[str], T]) -> Callable[[str], list[T]]:
         try:
             return [kind(part.strip()) for part in text.split(",")]
         except ValueError as error:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} should be numbers with commas between them"
-            ) from error
+            raise argparse.ArgumentTypeError(f"{text!r} should be numbers with commas between them") from error
 
     return read
 
@@ -113,9 +101,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     denoiser = open_model(args.model)
     trained = None if args.lengths else trained_length(args.model)
     if not args.lengths and trained is None:
-        raise UserError(
-            "--lengths: required, for the model comes without a recipe that tells its response length"
-        )
+        raise UserError("--lengths: required, for the model comes without a recipe that tells its response length")
     cells = _grid(args, args.lengths or [trained])
     problems = task.problems(args.split, args.problems, args.seed)
     longest = max(map(len, encode_prompts(denoiser, [problem.prompt for problem in problems])))
@@ -255,9 +241,7 @@ def _report(results: Sequence[dict[str, Any]]) -> Table:
     shared = [f"{name} {values[0]}" for name, values in settings.items() if len(set(values)) == 1]
     columns = {"decoder": [line["decoder"] for line in results]}
     columns |= {name: values for name, values in settings.items() if len(set(values)) > 1}
-    columns["accuracy %"] = [
-        interval(*(line[key] for key in ("accuracy", "low", "high"))) for line in results
-    ]
+    columns["accuracy %"] = [interval(*(line[key] for key in ("accuracy", "low", "high"))) for line in results]
     columns["over denoised %"] = [f"{100 * line['over_denoising']:.1f}" for line in results]
     columns["ever correct %"] = [f"{100 * line['ever_correct']:.1f}" for line in results]
     columns["forwards per problem"] = [f"{line['forwards_per_problem']:.1f}" for line in results]

@@ -33,9 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"continue a run by its own recipe; only {', '.join(RESUMABLE)} may be changed",
     )  # fmt: skip
     parser.add_argument("--print", action="store_true", dest="show", help="print the merged recipe and stop")
-    parser.add_argument(
-        "--keys", action="store_true", help="print every key with type, default and meaning, and stop"
-    )
+    parser.add_argument("--keys", action="store_true", help="print every key with type, default and meaning, and stop")
     parser.add_argument("--quiet", action="store_true", help="no progress")
 
 
@@ -87,9 +85,7 @@ def _recipe(args: argparse.Namespace, cls: type) -> tuple[str, Any]:
             raise UserError(f"--resume: {args.resume!r} is no run folder (it has no recipe.yaml)")
         for override in overrides:
             if override.partition("=")[0].split(".")[0] not in RESUMABLE:
-                raise UserError(
-                    f"{override!r} cannot be changed in a resumed run (allowed: {', '.join(RESUMABLE)})"
-                )
+                raise UserError(f"{override!r} cannot be changed in a resumed run (allowed: {', '.join(RESUMABLE)})")
     elif names:
         path, name = find_recipe(names[0]), names[0].removesuffix("/cpu").replace("/", "-")
         name = path.stem if path == Path(names[0]) else name

@@ -38,9 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("unveil: interrupted", file=sys.stderr)
         status, answer = INTERRUPTED, {"error": "interrupted"}
-    except (
-        BrokenPipeError
-    ):  # `unveil decode ... | head`: nobody reads on, and the flush at exit must not complain
+    except BrokenPipeError:  # `unveil decode ... | head`: nobody reads on, and the flush at exit must not complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FELL_SHORT
     if args.json and os.environ.get("RANK", "0") == "0":
@@ -58,9 +56,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS:
         module = importlib.import_module(f"unveil.cli.{name}")
-        command = commands.add_parser(
-            name, help=module.SUMMARY, description=module.SUMMARY, allow_abbrev=False
-        )
+        command = commands.add_parser(name, help=module.SUMMARY, description=module.SUMMARY, allow_abbrev=False)
         module.add_arguments(command)
         command.add_argument("--json", action="store_true", help="print one JSON object as the last line")
         command.set_defaults(carry_out=module.run, parser=command)

@@ -21,9 +21,7 @@ SUMMARY = "run a paper's method against its baseline and judge its claim"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="a system, as `unveil systems` lists it")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each method (default: 3)")
-    parser.add_argument(
-        "--quick", action="store_true", help="a shorter run that shows the way, not the claim"
-    )
+    parser.add_argument("--quick", action="store_true", help="a shorter run that shows the way, not the claim")
     parser.add_argument("--out", metavar="DIR", help="where runs and results go (default: runs/claims/NAME)")
 
 

@@ -29,7 +29,8 @@ def model_folder(name_or_path: str | Path) -> Path:
             return candidate
     if path.is_dir():
         raise UserError(f"model {str(name_or_path)!r}: the folder holds no config.json (neither it nor its model/)")
-    raise UserError(f"model {str(name_or_path)!r}: no such folder or embedded model{did_you_mean(str(name_or_path), embedded_models())}")
+    hint = did_you_mean(str(name_or_path), embedded_models())
+    raise UserError(f"model {str(name_or_path)!r}: no such folder or embedded model{hint}")
 
 
 def load_denoiser(name_or_path: str | Path) -> MaskedDenoiser:

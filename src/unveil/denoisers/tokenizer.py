@@ -40,7 +40,9 @@ class TextTokenizer:
             UserError: the file is missing or is not a tokenizer.
         """
         if not path.is_file():
-            raise UserError(f"{path}: no such file (a model folder holds config.json, model.safetensors, tokenizer.json)")
+            raise UserError(
+                f"{path}: no such file (a model folder holds config.json, model.safetensors, tokenizer.json)"
+            )
         try:
             return cls(Tokenizer.from_file(str(path)))
         except Exception as error:  # the library raises bare Exception
@@ -66,7 +68,9 @@ class TextTokenizer:
         <mask> must not open a hole in the canvas. Sub-word tokenizers spell them out; a word tokenizer, which knows
         them only as whole words, reads them as unknown."""
         ids = self.backend.encode(text, add_special_tokens=False).ids
-        unknown = self.backend.token_to_id(UNKNOWN)
+        if not self._special.intersection(ids):
+            return ids
+        unknown = self.id(UNKNOWN)
         return [unknown if index in self._special else index for index in ids]
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -71,6 +71,10 @@ class Block(nn.Module):
 class TransformerDenoiser(MaskedDenoiser):
     """The embedded masked-token denoiser."""
 
+    rope_cos: Tensor
+    rope_sin: Tensor
+    forbidden_bias: Tensor
+
     def __init__(self, config: TransformerConfig, tokenizer: TextTokenizer) -> None:
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
@@ -108,7 +112,9 @@ class TransformerDenoiser(MaskedDenoiser):
     def features(self, ids: Tensor, valid: Tensor) -> Tensor:
         length = ids.shape[1]
         if length > self.config.context_length:
-            raise UserError(f"the canvas has {length} tokens, the model's context_length is {self.config.context_length}")
+            raise UserError(
+                f"the canvas has {length} tokens, the model's context_length is {self.config.context_length}"
+            )
         if bool(valid.all()):
             cos, sin = self.rope_cos[None, None, :length], self.rope_sin[None, None, :length]
             attendable = None
@@ -146,7 +152,9 @@ class TransformerDenoiser(MaskedDenoiser):
         settings.pop("model_type", None)
         allowed = {field.name for field in dataclasses.fields(TransformerConfig)}
         if unknown := sorted(set(settings) - allowed):
-            raise UserError(f"{folder / 'config.json'}: unknown key {unknown[0]!r} (allowed: {', '.join(sorted(allowed))})")
+            raise UserError(
+                f"{folder / 'config.json'}: unknown key {unknown[0]!r} (allowed: {', '.join(sorted(allowed))})"
+            )
         try:
             config = TransformerConfig(**settings)
         except UserError as error:

@@ -70,7 +70,9 @@ def normalise_by_group(
     x = values.to(torch.float64) * weight
 
     def total(per_row: Tensor) -> Tensor:
-        return torch.zeros(groups, x.shape[1], dtype=torch.float64, device=x.device).index_add_(0, index, per_row)[index]
+        return torch.zeros(groups, x.shape[1], dtype=torch.float64, device=x.device).index_add_(0, index, per_row)[
+            index
+        ]
 
     count = total(weight)
     mean = total(x) / count.clamp(min=1)

@@ -78,9 +78,7 @@ class Kl:
 class Weighting(Plugin, family="weighting"):
     """The reduction: weights of every scored token for the policy term and for the KL term."""
 
-    def weights(
-        self, views: Views, trajectory: Trajectory, total: Callable[[float], float]
-    ) -> tuple[Tensor, Tensor]:
+    def weights(self, views: Views, trajectory: Trajectory, total: Callable[[float], float]) -> tuple[Tensor, Tensor]:
         """Two (N, R) tensors, 0 at unscored positions.
 
         ``total`` sums a number over all ranks (the identity on one): denominators must count the whole update.
@@ -92,8 +90,6 @@ class Weighting(Plugin, family="weighting"):
 class TokenMean(Weighting, name="token_mean"):
     """Mean over all scored tokens of the update (diffu-GRPO's released loss)."""
 
-    def weights(
-        self, views: Views, trajectory: Trajectory, total: Callable[[float], float]
-    ) -> tuple[Tensor, Tensor]:
+    def weights(self, views: Views, trajectory: Trajectory, total: Callable[[float], float]) -> tuple[Tensor, Tensor]:
         weight = views.scored.float() / max(1.0, total(float(views.scored.sum())))
         return weight, weight

@@ -1,6 +1,7 @@
 """Log-probabilities of tokens from features, without ever holding the logits of all of them.
 
-A vocabulary of 126k makes logits (N, V) the largest tensor of training: 0.5 MB a position in float32, several times over
+A vocabulary of 126k makes logits (N, V) the largest tensor of training: 0.5 MB a position in float32, several times
+over
 in the backward pass. Here the head runs on a few rows at a time and is run again in the backward pass, so that the peak
 follows the rows of one chunk and not N.
 """
@@ -61,7 +62,8 @@ def score_tokens(
         tokens: (N,).
         temperature: of the policy that drew the tokens.
         chunk_rows: rows per chunk; by default as many as `CHUNK_ELEMENTS` logits allow.
-        entropy: also return the entropy of softmax(head(features) / temperature), (N,) float32 in nats, without gradient.
+        entropy: also return the entropy of softmax(head(features) / temperature), (N,) float32 in
+            nats, without gradient.
 
     Raises:
         ValueError: the temperature is not positive, or chunk_rows is less than 1.

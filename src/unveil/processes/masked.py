@@ -166,9 +166,7 @@ class MaskedProcess:
         rows = logits[masked]
         rows[:, self.mask_id] = -torch.inf
         t, s = (time.double().reshape(-1, *[1] * (x_t.dim() - 1)).expand_as(x_t) for time in (t, s))
-        return MaskedTransition(
-            x_t=x_t, masked=masked, logits=rows, move=(t - s) / t, stay=s / t, mask_id=self.mask_id
-        )
+        return MaskedTransition(x_t=x_t, masked=masked, logits=rows, move=(t - s) / t, stay=s / t, mask_id=self.mask_id)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

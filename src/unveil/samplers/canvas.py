@@ -102,5 +102,8 @@ class Canvas:
     def rows(self, index: Tensor | slice) -> Canvas:
         """The canvas of some rows, columns unchanged."""
         return Canvas(
-            ids=self.ids[index], valid=self.valid[index], frozen=self.frozen[index], prompt_width=self.prompt_width
+            ids=self.ids[index],
+            valid=self.valid[index],
+            frozen=self.frozen[index],
+            prompt_width=self.prompt_width,
         )

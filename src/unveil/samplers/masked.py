@@ -1,6 +1,7 @@
 """One denoising loop for masked tokens: full diffusion, blocks, infill, external starts, any rule, any schedule.
 
-Rows are independent chains. Each has its own length, block, count plan and noise, so a batch equals its rows decoded one
+Rows are independent chains. Each has its own length, block, count plan and noise, so a batch equals its rows decoded
+one
 by one; a row that is done leaves the batch, and padding that only it needed leaves with it.
 """
 
@@ -69,7 +70,9 @@ class MaskedSampler:
         if self.steps % blocks:
             raise UserError(f"steps: {self.steps} do not divide into {blocks} blocks (allowed: multiples of {blocks})")
         if self.steps > response_length:
-            raise UserError(f"steps: {self.steps} do not fit a response of {response_length} tokens (each reveals one or more)")
+            raise UserError(
+                f"steps: {self.steps} do not fit a response of {response_length} tokens (each reveals one or more)"
+            )
 
     @torch.no_grad()
     def sample(
@@ -135,7 +138,12 @@ class _Chains:
     """The live rows of one batch. Everything with a leading axis b shrinks as rows finish."""
 
     def __init__(
-        self, sampler: MaskedSampler, denoiser: MaskedDenoiser, canvas: Canvas, seeds: Sequence[int], needs: frozenset[str]
+        self,
+        sampler: MaskedSampler,
+        denoiser: MaskedDenoiser,
+        canvas: Canvas,
+        seeds: Sequence[int],
+        needs: frozenset[str],
     ) -> None:
         self.sampler, self.denoiser, self.needs = sampler, denoiser, needs
         device = denoiser.device
@@ -147,9 +155,10 @@ class _Chains:
         self.timetable: _Timetable | None = None
         if sampler.rule.follows_schedule:
             holes = (canvas.response == self.mask_id) & canvas.response_valid & ~canvas.frozen
-            self.timetable = _Timetable.of(holes, block, sampler.schedule, sampler.steps_per_block(width)).to(device)
+            local_steps = sampler.steps_per_block(width)
+            self.timetable = _Timetable.of(holes, block, sampler.schedule, local_steps, device)
         lengths = canvas.response_valid.sum(1).tolist()
-        max_steps = self.timetable.block.shape[1] if self.timetable else width
+        max_steps = max(self.timetable.ends) if self.timetable else width
         self.token_noise, self.order_noise = self._draw_noise(seeds, lengths, max_steps, width)
 
         self.canvas = canvas = canvas.to(device)
@@ -197,21 +206,19 @@ class _Chains:
         open_holes = holes if self.blocks == 1 else holes & (self.block_of <= block[:, None])
         # A reader of guesses wants the whole x_0, holes of later blocks included; a rule only ever sees the open ones.
         read = holes if self.needs & {"guesses", "log_prob", "confidence"} else open_holes
-        row, column = read.nonzero(as_tuple=True)
         features = self.denoiser.features(self.ids, self.valid)
         self.forwards += len(self.rows)
-        logits = self.denoiser.head(features[row, self.start + column])
-        uniforms = None if self.token_noise is None else self.token_noise[self.rows[row], step, column]
+        width = holes.shape[1]
+        logits = self.denoiser.head(features[:, self.start : self.start + width][read])
+        uniforms = None if self.token_noise is None else self.token_noise[self.rows, step, :width][read]
         tokens, ranking = sampler.propose(logits, uniforms)
         if self.order_noise is not None:
-            scores = self.order_noise[self.rows[row], step, column].float()
+            scores = self.order_noise[self.rows, step, :width][read].float()
         else:
             scores = confidence(ranking, tokens, sampler.rule.confidence)  # type: ignore[arg-type]
 
-        guess = updated = response.clone()
-        guess[row, column] = tokens
-        score = seen = torch.full(holes.shape, -torch.inf, device=holes.device)
-        score[row, column] = scores
+        guess = updated = response.masked_scatter(read, tokens)
+        score = seen = torch.full(holes.shape, -torch.inf, device=holes.device).masked_scatter_(read, scores)
         if read is not open_holes:
             seen = score.masked_fill(~open_holes, -torch.inf)
             updated = torch.where(open_holes, guess, response)
@@ -222,9 +229,10 @@ class _Chains:
         response.copy_(updated)
 
     def _progress(self, step: int, holes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(b,) each: the current block, the holes to leave in the open blocks, and whether it is the block's last step."""
+        """(b,) each: the current block, the holes to leave in the open blocks, and whether it is the block's last
+        step."""
         if self.timetable is not None:
-            return self.timetable.block[:, step], self.timetable.remain[:, step], self.timetable.last[:, step]
+            return self.timetable.columns[step]
         nothing = torch.zeros_like(self.rows)
         return torch.where(holes, self.block_of, self.blocks).amin(1), nothing, nothing.bool()
 
@@ -249,7 +257,9 @@ class _Chains:
         assert self.timetable is not None
         for finished, end in zip(done.tolist(), self.timetable.ends, strict=True):
             if end <= step and not finished:
-                raise ValueError(f"rule {self.sampler.rule.name!r} follows the schedule but left holes at its last step")
+                raise ValueError(
+                    f"rule {self.sampler.rule.name!r} follows the schedule but left holes at its last step"
+                )
 
     def _stop_rows(self, response: Tensor, holes: Tensor, step: int) -> Tensor:
         """Fill the rest of rows in which an end token stands behind text without holes; returns the holes left."""
@@ -321,7 +331,12 @@ class _Chains:
 
     def _empty_record(self, name: str) -> Tensor:
         batch, width = self.final.shape
-        kind = {"states": torch.long, "guesses": torch.long, "confidence": torch.float32, "log_prob": torch.float32}
+        kind = {
+            "states": torch.long,
+            "guesses": torch.long,
+            "confidence": torch.float32,
+            "log_prob": torch.float32,
+        }
         return torch.zeros(batch, 0, width, dtype=kind.get(name, torch.bool))
 
     def _draw_noise(
@@ -341,44 +356,42 @@ class _Chains:
         return (noise[0].to(device) if wants_tokens else None), (noise[1].to(device) if wants_order else None)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
 class _Timetable:
     """What a schedule says about every step of b rows, known before the first.
 
-    Steps that would reveal nothing are left out: they would cost a forward pass and decide nothing.
+    Attributes:
+        ends: (b) steps of every row, on the host.
+        columns: of every step (b,) each: the block, the holes of the open blocks after it, whether it is the block's
+        last.
     """
 
-    block: Tensor
-    """(b, S) the block of the step."""
-    remain: Tensor
-    """(b, S) holes of the open blocks after it."""
-    last: Tensor
-    """(b, S) True at the last step of a block."""
-    ends: list[int]
-    """Steps of every row."""
+    def __init__(self, table: Tensor, ends: list[int]) -> None:
+        """From ``table`` (3, b, S), the block, what remains, and 1 at the last step of a block."""
+        self.table, self.ends = table, ends
+        block, remain, last = table
+        self.columns = list(zip(block.unbind(1), remain.unbind(1), last.bool().unbind(1), strict=True))
 
     @classmethod
-    def of(cls, holes: Tensor, block_length: int, schedule: Schedule, steps: int) -> _Timetable:
-        """For rows that start with ``holes`` (b, R), decoded in ``steps`` steps a block."""
+    def of(cls, holes: Tensor, block_length: int, schedule: Schedule, steps: int, device: torch.device) -> _Timetable:
+        """For rows that start with ``holes`` (b, R), decoded in ``steps`` steps a block.
+
+        Steps that would reveal nothing are left out: they would cost a forward pass and decide nothing.
+        """
         remains: list[list[int]] = []
         for n in range(min(block_length, holes.shape[1]) + 1):
             counts = schedule.counts(n, steps)
-            remains.append(
-                [n - done for done, count in zip(itertools.accumulate(counts), counts, strict=True) if count]
-            )
-        tables = []
+            left = (n - done for done in itertools.accumulate(counts))
+            remains.append([after for after, count in zip(left, counts, strict=True) if count])
+        rows = []
         for row in holes.tolist():
             sizes = [sum(row[start : start + block_length]) for start in range(0, len(row), block_length)]
-            tables.append([(block, left) for block, n in enumerate(sizes) for left in remains[n]])
-        ends = [len(table) for table in tables]
-        padded = torch.tensor([table + [(0, 0)] * (max(ends) - len(table)) for table in tables], dtype=torch.long)
-        block, remain = padded.reshape(len(tables), -1, 2).unbind(2)
-        return cls(block=block, remain=remain, last=remain == 0, ends=ends)
-
-    def to(self, device: torch.device) -> _Timetable:
-        block, remain, last = (table.to(device) for table in (self.block, self.remain, self.last))
-        return _Timetable(block=block, remain=remain, last=last, ends=self.ends)
+            rows.append([(block, left, left == 0) for block, n in enumerate(sizes) for left in remains[n]])
+        ends = [len(row) for row in rows]
+        padded = [row + [(0, 0, True)] * (max(ends) - len(row)) for row in rows]
+        table = torch.tensor(padded, dtype=torch.long).reshape(len(rows), -1, 3)
+        return cls(table.permute(2, 0, 1).to(device), ends)
 
     def rows(self, keep: Tensor) -> _Timetable:
-        ends = [end for end, kept in zip(self.ends, keep.tolist(), strict=True) if kept]
-        return _Timetable(block=self.block[keep], remain=self.remain[keep], last=self.last[keep], ends=ends)
+        return _Timetable(
+            self.table[:, keep], [end for end, kept in zip(self.ends, keep.tolist(), strict=True) if kept]
+        )

@@ -1,6 +1,7 @@
 """Decoding rules: which holes a step fills, and which tokens it takes back.
 
-A step goes *propose -> score -> decide -> commit*. The loop proposes a token for every hole that is open (in the current
+A step goes *propose -> score -> decide -> commit*. The loop proposes a token for every hole that is open (in the
+current
 block or an earlier one) and scores it; the rule decides which positions are holes afterwards; the loop commits. A rule
 that remembers something across steps keeps it in ``state``, a dict of tensors (b, R, ...).
 """
@@ -105,7 +106,8 @@ class Threshold(Rule, name="threshold"):
     threshold: Annotated[float, Field(ge=0, le=1)] = 0.9
     """Least probability that commits on its own."""
     cap: Annotated[int, Field(ge=1)] | None = None
-    """Most tokens that one step may commit in a row: a guard for rollouts, where training makes logits over-confident."""
+    """Most tokens that one step may commit in a row: a guard for rollouts, where training makes logits over-
+    confident."""
 
     def holes_after(self, view: StepView, state: State) -> Tensor:
         rank = certainty_rank(view.score)
@@ -145,7 +147,8 @@ class RunningConfidence(Rule, name="rcr"):
     """Running Confidence Remasking of MDPO (2508.13148): tokens of low confidence go back when better ones appear.
 
     Every open hole takes its proposal; then the ``remain`` positions with the lowest running confidence among all that
-    were ever filled become holes, those of earlier steps and blocks included. The last step of a block takes back nothing.
+    were ever filled become holes, those of earlier steps and blocks included. The last step of a block takes back
+    nothing.
     """
 
     takes_back: ClassVar[bool] = True

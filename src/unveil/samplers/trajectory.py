@@ -32,9 +32,11 @@ class Trajectory:
         forwards: network evaluations, counted per sequence (NFE).
         mask_id: the id of the hole.
         states: (B, S, R) the response before step s; the finished response where the chain was done.
-        guesses: (B, S, R) the full guess of x_0 at step s: the drawn token at the holes that were read, the state elsewhere.
+        guesses: (B, S, R) the full guess of x_0 at step s: the drawn token at the holes that were read, the state
+            elsewhere.
         confidence: (B, S, R) what the rule ranked by at the holes that were read, 0 elsewhere.
-        log_prob: (B, S, R) log-probability of the guess at the holes that were read (tempered, unfiltered), 0 elsewhere.
+        log_prob: (B, S, R) log-probability of the guess at the holes that were read (tempered, unfiltered), 0
+            elsewhere.
         revealed: (B, S, R) True where step s turned a hole into a token.
         taken_back: (B, S, R) True where step s turned a token into a hole.
         step_map: (B, R) the step at which each token came, -1 where it was given; the chain's number of steps where
@@ -87,7 +89,11 @@ class Trajectory:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file."""
-        tensors = {f.name: getattr(self, f.name).contiguous() for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        tensors = {
+            f.name: getattr(self, f.name).contiguous()
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), Tensor)
+        }
         header = {"forwards": self.forwards, "mask_id": self.mask_id}
         save_file(tensors, path, metadata={"unveil.trajectory": json.dumps(header)})
 

@@ -54,8 +54,8 @@ class StepImprovement(Advantage, name="improvement"):
 
     reads_guesses: ClassVar[bool] = True
     terms: Literal["difference+future", "difference", "future", "terminal", "step", "from_here"] = "difference+future"
-    """The paper's sum, or an ablation: difference r_s - r_{s-1} only, mean of later rewards only, the finished response's
-    reward at every step, the step's own reward (the code's v1), the mean reward from s on (v2)."""
+    """The paper's sum, or an ablation: difference r_s - r_{s-1} only, mean of later rewards only, the finished
+    response's reward at every step, the step's own reward (the code's v1), the mean reward from s on (v2)."""
 
     def advantages(self, rewards: Tensor, active: Tensor, group: Tensor) -> Tensor:
         return normalise_by_group(self.raw(rewards, active), active, group)
@@ -88,9 +88,7 @@ class StepWeighting(Weighting, name="mdpo"):
     length_ratio: bool = True
     """The factor L/n of the policy term: late steps, with few holes, weigh more per token."""
 
-    def weights(
-        self, views: Views, trajectory: Trajectory, total: Callable[[float], float]
-    ) -> tuple[Tensor, Tensor]:
+    def weights(self, views: Views, trajectory: Trajectory, total: Callable[[float], float]) -> tuple[Tensor, Tensor]:
         holes = views.holes[:, None] + 1e-4
         each = views.scored / holes / total(float(len(trajectory)))
         if self.confidence:
@@ -119,7 +117,8 @@ class OverDenoising(ProblemFilter, name="over_denoising"):
 
 @dataclass(kw_only=True)
 class Mdpo:
-    """The paper's choices, as keyword arguments of a `PolicyConfig`: ``PolicyConfig(task=..., rollout=..., **vars(Mdpo()))``."""
+    """The paper's choices, as keyword arguments of a `PolicyConfig`: ``PolicyConfig(task=..., rollout=...,
+    **vars(Mdpo()))``."""
 
     advantage: StepImprovement = field(default_factory=StepImprovement)
     selector: TopAdvantage = field(default_factory=lambda: TopAdvantage(k=8))

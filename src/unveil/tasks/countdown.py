@@ -67,9 +67,7 @@ class Countdown(Task, name="countdown"):
     def __post_init__(self) -> None:
         for name in ("{numbers}", "{target}"):
             if name not in self.prompt_template:
-                raise UserError(
-                    f"countdown.prompt_template must contain {name}, got {self.prompt_template!r}"
-                )
+                raise UserError(f"countdown.prompt_template must contain {name}, got {self.prompt_template!r}")
 
     def problems(self, split: Split, count: int, seed: int) -> list[Problem]:
         path = self.train_file if split == "train" else self.test_file
@@ -241,9 +239,7 @@ def _read_rows(path: str) -> list[tuple[list[int], int]]:
         numbers = [_positive(word, "input", path, line) for word in row["input"].split(",")]
         target = _positive(row["output"], "output", path, line)
         if not 2 <= len(numbers) <= _MAX_FILE_NUMBERS:
-            raise UserError(
-                f"{path}:{line}: 'input' has {len(numbers)} numbers (allowed: 2 to {_MAX_FILE_NUMBERS})"
-            )
+            raise UserError(f"{path}:{line}: 'input' has {len(numbers)} numbers (allowed: 2 to {_MAX_FILE_NUMBERS})")
         rows.setdefault((*sorted(numbers), target), (numbers, target))
     return list(rows.values())
 
@@ -252,7 +248,6 @@ def _positive(word: str, key: str, path: str, line: int) -> int:
     word = word.strip()
     if not (word.isascii() and word.isdigit() and len(word) <= MAX_DIGITS and int(word) > 0):
         raise UserError(
-            f"{path}:{line}: {key!r}: {word[:40]!r} is not a positive whole number "
-            f"of at most {MAX_DIGITS} digits"
+            f"{path}:{line}: {key!r}: {word[:40]!r} is not a positive whole number of at most {MAX_DIGITS} digits"
         )
     return int(word)

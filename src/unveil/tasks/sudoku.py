@@ -154,10 +154,7 @@ def solutions(puzzle: str, size: int, rng: random.Random | None = None) -> Itera
 @cache
 def _unit_indices(size: int) -> list[tuple[int, ...]]:
     """For every cell the indices of its row, column and box in `units`."""
-    return [
-        tuple(unit for unit, members in enumerate(units(size)) if index in members)
-        for index in range(size * size)
-    ]
+    return [tuple(unit for unit, members in enumerate(units(size)) if index in members) for index in range(size * size)]
 
 
 @cache

@@ -16,7 +16,8 @@ PREFIX = "update-"
 
 
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
-    """Create the folder ``path`` with whatever ``fill`` writes, atomically: a kill at any moment leaves no half folder."""
+    """Create the folder ``path`` with whatever ``fill`` writes, atomically: a kill at any moment leaves no half
+    folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".draft-{path.name}")
     shutil.rmtree(draft, ignore_errors=True)

@@ -91,7 +91,7 @@ class DenoisingJob:
         texts = ranks.share(self._texts(update))
         spec = self.denoiser.spec
         rows = []
-        for prompt, completion in texts:
+        for _, completion in texts:
             try:
                 rows.append(response_ids(self.denoiser, completion, self.data.response_length))
             except ValueError as error:
@@ -106,7 +106,12 @@ class DenoisingJob:
         share = batch / self.data.batch
         size = self.trainer.optim.microbatch
         losses = [
-            self._loss(canvas, corrupted, slice(start, min(start + size, batch)), share * min(size, batch - start) / batch)
+            self._loss(
+                canvas,
+                corrupted,
+                slice(start, min(start + size, batch)),
+                share * min(size, batch - start) / batch,
+            )
             for start in range(0, batch, size)
         ]
         metrics: dict[str, Any] = optimise(losses)
@@ -120,7 +125,12 @@ class DenoisingJob:
         for name, sampler in self.evaluation.decoders.items():
             with self.trainer.evaluated():
                 result = evaluate(
-                    self.denoiser, self.task, self.held_out, sampler, response_length=self.data.response_length, seed=self.seed
+                    self.denoiser,
+                    self.task,
+                    self.held_out,
+                    sampler,
+                    response_length=self.data.response_length,
+                    seed=self.seed,
                 )
             if self.trainer.ranks.main:
                 self.log.metrics("eval", update, {"decoder": name, **result.summary()})

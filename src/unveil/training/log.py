@@ -47,7 +47,9 @@ class RunLog:
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=None if resume_at is None else resume_at + 1)
+            self.tensorboard = SummaryWriter(
+                str(folder / "tensorboard"), purge_step=None if resume_at is None else resume_at + 1
+            )
         if config.wandb is not None:
             try:
                 import wandb

@@ -19,7 +19,7 @@ class LoraSettings:
 
     rank: Annotated[int, Field(ge=1)] = 16
     """Rank of the adapters."""
-    alpha: Annotated[float, Field(gt=0)] = 32.0
+    alpha: Annotated[int, Field(ge=1)] = 32
     """Scale: adapters are multiplied by alpha / rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapters' input. RL wants 0: a ratio compares equal networks."""
@@ -35,11 +35,15 @@ class Adapter:
             import peft
         except ImportError as error:
             raise UserError("model.lora: the extra is not installed (pip install 'unveil[lora]')") from error
-        names = {name.rsplit(".", 1)[-1] for name, module in denoiser.named_modules() if type(module).__name__ == "Linear"}
+        names = {
+            name.rsplit(".", 1)[-1] for name, module in denoiser.named_modules() if type(module).__name__ == "Linear"
+        }
         targets = sorted(names) if settings.targets == "all-linear" else settings.targets
         missing = sorted(set(targets) - names) if isinstance(targets, list) else []
         if missing:
-            raise UserError(f"model.lora.targets: no linear layer is called {missing[0]!r} (allowed: {', '.join(sorted(names))})")
+            raise UserError(
+                f"model.lora.targets: no linear layer is called {missing[0]!r} (allowed: {', '.join(sorted(names))})"
+            )
         config = peft.LoraConfig(
             r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=targets
         )

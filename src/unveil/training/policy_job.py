@@ -106,23 +106,35 @@ class PolicyEval:
 class PolicyJob:
     """One update: rollouts of ``prompts`` groups, then ``inner_updates`` gradient steps."""
 
-    def __init__(self, trainer: Trainer, policy: PolicyConfig, evaluation: PolicyEval, log: RunLog, *, seed: int) -> None:
-        self.trainer, self.policy, self.evaluation, self.log, self.seed = trainer, policy, evaluation, log, seed
+    def __init__(
+        self, trainer: Trainer, policy: PolicyConfig, evaluation: PolicyEval, log: RunLog, *, seed: int
+    ) -> None:
+        self.trainer, self.policy, self.evaluation, self.log, self.seed = (
+            trainer,
+            policy,
+            evaluation,
+            log,
+            seed,
+        )
         self.denoiser = trainer.denoiser
         rollout = policy.rollout
         for sampler in [*self._training_samplers(), *evaluation.decoders.values()]:
             sampler.check_fits(rollout.response_length)
         if rollout.sampler.temperature == 0:
-            raise UserError("policy.rollout.sampler.temperature: should be greater than 0, got 0 (a group would be all equal)")
+            raise UserError(
+                "policy.rollout.sampler.temperature: should be greater than 0, got 0 (a group would be all equal)"
+            )
         self.held_out = policy.task.problems("test", evaluation.problems, 0)
         longest = max(len(ids) for ids in encode_prompts(self.denoiser, [p.prompt for p in self.held_out]))
         if longest + rollout.response_length > self.denoiser.spec.context_length:
             raise UserError(
-                f"policy.rollout.response_length: {rollout.response_length} and prompts of up to {longest} tokens do not "
-                f"fit the model's canvas (at most {self.denoiser.spec.context_length} tokens)"
+                f"policy.rollout.response_length: {rollout.response_length} and prompts of up to {longest} tokens "
+                f"do not fit the model's canvas (at most {self.denoiser.spec.context_length} tokens)"
             )
         if rollout.prompts < trainer.ranks.world:
-            raise UserError(f"policy.rollout.prompts: {rollout.prompts} are fewer than the {trainer.ranks.world} processes")
+            raise UserError(
+                f"policy.rollout.prompts: {rollout.prompts} are fewer than the {trainer.ranks.world} processes"
+            )
         self.pool: list[Problem] = []
         self.scored = 0
 
@@ -135,7 +147,9 @@ class PolicyJob:
         judged = judge(self.policy.task, rows, self.denoiser, trajectory)
         rewards = self._rewards(judged, trajectory)
         advantages = self.policy.advantage.advantages(rewards, trajectory.active, group)
-        seeds = [derive_seed(self.seed, "chain", update, problem.id, row % group_size) for row, problem in enumerate(rows)]
+        seeds = [
+            derive_seed(self.seed, "chain", update, problem.id, row % group_size) for row, problem in enumerate(rows)
+        ]
         chosen = trajectory.active
         if self.policy.likelihood.per_step:
             chosen = self.policy.selector.choose(advantages, trajectory.active, seeds)
@@ -163,7 +177,12 @@ class PolicyJob:
         for name, sampler in self.evaluation.decoders.items():
             with self.trainer.evaluated():
                 result = evaluate(
-                    self.denoiser, self.policy.task, self.held_out, sampler, response_length=length, seed=self.seed
+                    self.denoiser,
+                    self.policy.task,
+                    self.held_out,
+                    sampler,
+                    response_length=length,
+                    seed=self.seed,
                 )
                 if not self.trainer.ranks.main:
                     continue
@@ -181,7 +200,7 @@ class PolicyJob:
 
     def _training_samplers(self) -> list[MaskedSampler]:
         rollout = self.policy.rollout
-        lengths = rollout.block_lengths or [rollout.sampler.block_length]
+        lengths: list[int | None] = [*rollout.block_lengths] or [rollout.sampler.block_length]
         own = [replace(rollout.sampler, block_length=length) for length in lengths]
         return own + ([self.policy.filter.decoder] if self.policy.filter else [])
 
@@ -236,12 +255,17 @@ class PolicyJob:
         rewards = torch.zeros(trajectory.active.shape)
         return rewards.scatter_(1, last[:, None], torch.tensor(values)[:, None])
 
-    def _batch(self, trajectory: Trajectory, advantages: Tensor, chosen: Tensor, seeds: list[int], inner: int) -> _Batch:
+    def _batch(
+        self, trajectory: Trajectory, advantages: Tensor, chosen: Tensor, seeds: list[int], inner: int
+    ) -> _Batch:
         own = [derive_seed(seed, inner) for seed in seeds]
         views = self.policy.likelihood.views(trajectory, chosen, own, self.denoiser.spec)
         policy_weight, kl_weight = self.policy.weighting.weights(views, trajectory, self.trainer.ranks.total)
         return _Batch(
-            views=views, advantage=advantages[views.rows, views.steps], policy_weight=policy_weight, kl_weight=kl_weight
+            views=views,
+            advantage=advantages[views.rows, views.steps],
+            policy_weight=policy_weight,
+            kl_weight=kl_weight,
         )
 
     def _parts(self, batch: _Batch) -> Iterator[tuple[int, int]]:

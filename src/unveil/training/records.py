@@ -12,7 +12,9 @@ from unveil.tasks.base import Problem, Task
 from unveil.tasks.evaluate import Evaluation, Judged, judge, sample_problems
 
 
-def sample_records(problems: Sequence[Problem], result: Evaluation, mark: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def sample_records(
+    problems: Sequence[Problem], result: Evaluation, mark: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
     """One record per problem with its completion; ``mark`` (update, decoder) goes into each."""
     for row, problem in enumerate(problems):
         yield {
@@ -81,7 +83,10 @@ def chain_steps(
                 for token, text in zip(after[:width].tolist(), name(after[:width].tolist()), strict=True)
             ],
             "guess": name(trajectory.guesses[row, step, :width].tolist()),
-            "confidence": [round(value, 4) if open_ else None for value, open_ in zip(confidence.tolist(), hole.tolist(), strict=True)],
+            "confidence": [
+                round(value, 4) if open_ else None
+                for value, open_ in zip(confidence.tolist(), hole.tolist(), strict=True)
+            ],
             "revealed": trajectory.revealed[row, step, :width].nonzero().flatten().tolist(),
             "taken_back": trajectory.taken_back[row, step, :width].nonzero().flatten().tolist(),
             "text": texts[step],

@@ -22,7 +22,7 @@ from unveil.denoisers.transformer import TransformerConfig, TransformerDenoiser
 from unveil.recipe import to_yaml
 from unveil.registry import UserError
 from unveil.seeds import generator
-from unveil.training.checkpoints import list_checkpoints, write_folder, write_text
+from unveil.training.checkpoints import list_checkpoints, write_text
 from unveil.training.denoising_job import DenoisingConfig, DenoisingEval, DenoisingJob
 from unveil.training.distribution import Ranks
 from unveil.training.log import LogConfig, RunLog
@@ -165,7 +165,12 @@ def _run(
     run.mkdir(parents=True, exist_ok=True)
     if main:
         write_text(run / "recipe.yaml", to_yaml(recipe))
-    log = RunLog(run, recipe.log if main else LogConfig(tensorboard=False), resume_at=resume_at if main else None, title=run.name)
+    log = RunLog(
+        run,
+        recipe.log if main else LogConfig(tensorboard=False),
+        resume_at=resume_at if main else None,
+        title=run.name,
+    )
     job.log = log  # type: ignore[attr-defined]
     if main:
         log.info(_facts(system, recipe.seed))
@@ -175,7 +180,7 @@ def _run(
         finished = trainer.fit(job, log, progress)
         status = "finished" if finished else "interrupted"
         if finished and main:
-            write_folder(run / "model", trainer.save_model)
+            trainer.save_final()
     finally:
         if main:
             log.cost(trainer.cost)
@@ -204,7 +209,9 @@ def _new_denoiser(model: NewModel, seed: int) -> MaskedDenoiser:
 
 
 def _facts(system: str, seed: int) -> dict[str, Any]:
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
+    )
     return {
         "system": system,
         "command": " ".join(["unveil", *sys.argv[1:]]),

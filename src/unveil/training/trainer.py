@@ -22,7 +22,7 @@ from torch import Tensor
 
 from unveil.denoisers.base import MaskedDenoiser
 from unveil.registry import UserError
-from unveil.training.checkpoints import list_checkpoints, load_state, save_checkpoint
+from unveil.training.checkpoints import list_checkpoints, load_state, save_checkpoint, write_folder
 from unveil.training.distribution import Ranks
 from unveil.training.log import Cost, RunLog
 from unveil.training.lora import Adapter
@@ -169,7 +169,10 @@ class Trainer:
                 self.done += 1
                 self.snapshots.after_update(self.done)
                 self.cost.seconds += time.perf_counter() - started
-                metrics |= {"lr": self.optim.lr_at(self.done - 1, self.updates), "forwards": self.cost.forwards}
+                metrics |= {
+                    "lr": self.optim.lr_at(self.done - 1, self.updates),
+                    "forwards": self.cost.forwards,
+                }
                 metrics |= {"seconds": self.cost.seconds}
                 if self.ranks.main:
                     log.metrics("train", self.done, metrics)
@@ -235,13 +238,21 @@ class Trainer:
     def save_model(self, folder: Path) -> None:
         """Write the evaluated weights: a model folder, or an adapter folder for LoRA."""
         with self.evaluated():
-            self._write_model(folder)
+            if self.adapter is not None:
+                self.adapter.save(folder)
+            else:
+                self.denoiser.save_pretrained(folder)
 
-    def _write_model(self, folder: Path) -> None:
+    def save_final(self) -> None:
+        """Write RUN/model, which every command opens; with LoRA also RUN/adapter, and the model then has it merged in.
+
+        The last act of a run: merged adapters cannot be trained on.
+        """
         if self.adapter is not None:
-            self.adapter.save(folder)
-        else:
-            self.denoiser.save_pretrained(folder)
+            write_folder(self.run / "adapter", self.save_model)
+        with self.evaluated():
+            final = self.denoiser if self.adapter is None else self.adapter.merge()
+            write_folder(self.run / "model", final.save_pretrained)
 
     def save(self, job: Job) -> None:
         state = {
@@ -283,7 +294,8 @@ class Trainer:
 
 
 class _Interruption:
-    """Ctrl-C (or SIGTERM) finishes the update under way, so that the checkpoint is whole; a second Ctrl-C stops at once."""
+    """Ctrl-C (or SIGTERM) finishes the update under way, so that the checkpoint is whole; a second Ctrl-C stops at
+    once."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer

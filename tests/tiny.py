@@ -1,0 +1,162 @@
+"""Real but tiny objects for the tests of training: a task, a denoiser of 4,000 weights, jobs and recipes on them."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unveil.denoisers.tokenizer import TextTokenizer
+from unveil.denoisers.transformer import TransformerConfig, TransformerDenoiser
+from unveil.samplers.masked import MaskedSampler
+from unveil.seeds import generator
+from unveil.systems.diffu_grpo import DiffuGrpo
+from unveil.systems.mdpo import Mdpo
+from unveil.tasks.base import Problem, Split, Task, Verdict
+from unveil.training.checkpoints import list_checkpoints, load_state
+from unveil.training.distribution import Ranks
+from unveil.training.log import LogConfig, RunLog
+from unveil.training.lora import Adapter
+from unveil.training.policy_job import PolicyConfig, PolicyEval, PolicyJob, RolloutConfig
+from unveil.training.runs import BaseModel, TrainRecipe
+from unveil.training.snapshots import SnapshotConfig
+from unveil.training.trainer import CheckpointConfig, OptimConfig, Trainer
+
+WORDS = ["a", "b", "c", "d"]
+RESPONSE = 5
+
+
+@dataclass(kw_only=True)
+class Echo(Task, name="tiny_echo"):
+    """Prompts of 1 to 4 words; a response is right if it repeats the prompt's last word anywhere."""
+
+    def problems(self, split: Split, count: int, seed: int) -> list[Problem]:
+        rng = random.Random(f"{split}/{seed}")
+        found: dict[str, Problem] = {}
+        while len(found) < count:
+            words = rng.choices(WORDS, k=rng.randint(1, 4))
+            text = " ".join(words)
+            solution = " ".join([words[-1]] * 2)
+            found[text] = Problem(id=f"{split}-{text}", prompt=text, answer={"word": words[-1]}, solution=solution)
+        return list(found.values())
+
+    def check(self, problem: Problem, completion: str) -> Verdict:
+        said = completion.split()
+        correct = problem.answer["word"] in said
+        return Verdict(correct=correct, score=1.0 if correct else len(said) / 100, metrics={"words": float(len(said))})
+
+
+def denoiser(seed: int = 0, scale: float = 8.0) -> TransformerDenoiser:
+    """Weights of std 0.16 instead of 0.02, so that distributions are far from uniform."""
+    shape = TransformerConfig(dim=16, layers=1, heads=2, hidden=16, context_length=16)
+    net = TransformerDenoiser(shape, TextTokenizer.of_words(WORDS))
+    net.initialise(generator(seed, "tiny"))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(scale)
+    return net.eval()
+
+
+def shifted(net: TransformerDenoiser, seed: int = 1, by: float = 0.1) -> TransformerDenoiser:
+    """The same network after Gaussian steps of its weights, in place."""
+    stream = generator(seed, "shift")
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(by * torch.randn(parameter.shape, generator=stream))
+    return net
+
+
+def float64(net: torch.nn.Module, **overwrite: Tensor) -> TransformerDenoiser:
+    """A float64 copy whose parameters require gradients."""
+    copy = TransformerDenoiser(net.config, net.tokenizer)  # type: ignore[arg-type]
+    copy.load_state_dict({**net.state_dict(), **overwrite})
+    return copy.double().eval()
+
+
+def gradients(net: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.detach().double().clone() for name, p in net.named_parameters() if p.grad is not None}
+
+
+def rollouts(**changes: Any) -> RolloutConfig:
+    sampler = changes.pop("sampler", MaskedSampler(steps=5, temperature=0.7))
+    settings: dict[str, Any] = {"response_length": RESPONSE, "prompts": 4, "group_size": 4} | changes
+    return RolloutConfig(sampler=sampler, **settings)
+
+
+def policy(system: str, **changes: Any) -> PolicyConfig:
+    """``mdpo`` or ``diffu_grpo`` with the paper's choices; a change of ``rollout`` is a dictionary."""
+    own: dict[str, Any] = vars(Mdpo()) if system == "mdpo" else vars(DiffuGrpo())
+    changes["rollout"] = rollouts(**changes.get("rollout", {}))
+    return PolicyConfig(**({"task": Echo()} | own | changes))
+
+
+def job(
+    folder: Path,
+    config: PolicyConfig,
+    net: TransformerDenoiser | None = None,
+    *,
+    optim: OptimConfig | None = None,
+    snapshots: SnapshotConfig | None = None,
+    adapter: Adapter | None = None,
+    updates: int = 6,
+    **checkpoints: int,
+) -> PolicyJob:
+    trainer = Trainer(
+        net or denoiser(),
+        optim or OptimConfig(lr=1e-2, max_grad_norm=1e9),
+        CheckpointConfig(**checkpoints),
+        snapshots or SnapshotConfig(),
+        updates=updates,
+        eval_every=10**6,
+        run=folder,
+        ranks=Ranks(),
+        adapter=adapter,
+        keep_reference=config.kl.beta > 0,
+    )
+    evaluation = PolicyEval(every=10**6, problems=4, decoders={})
+    return PolicyJob(trainer, config, evaluation, RunLog(folder, LogConfig(tensorboard=False)), seed=3)
+
+
+def recipe(folder: Path, system: str, updates: int, **changes: Any) -> TrainRecipe:
+    """A recipe whose model lies in ``folder``; the model is written if it is not there."""
+    if not (folder / "base" / "config.json").is_file():
+        denoiser().save_pretrained(folder / "base")
+    settings: dict[str, Any] = {
+        "system": system,
+        "model": BaseModel(path=str(folder / "base")),
+        "policy": policy(system, **changes.pop("policy", {})),
+        "eval": PolicyEval(every=2, problems=6, decoders={"lcr": MaskedSampler(steps=5)}, shown=2),
+        "optim": OptimConfig(lr=1e-2),
+        "checkpoint": CheckpointConfig(every=100, keep=2),
+        "log": LogConfig(tensorboard=False),
+        "updates": updates,
+        "seed": 5,
+    }
+    return TrainRecipe(**(settings | changes))
+
+
+def newest(run: Path) -> dict[str, Any]:
+    """State of the newest checkpoint."""
+    return load_state(list_checkpoints(run / "checkpoints")[-1])
+
+
+def same(left: Any, right: Any, where: str = "") -> list[str]:
+    """Paths at which two nested states differ in any bit; seconds do not count."""
+    if isinstance(left, Tensor):
+        equal = left.dtype == right.dtype and torch.equal(left, right)
+        return [] if equal else [where]
+    if isinstance(left, dict):
+        if left.keys() != right.keys():
+            return [f"{where}: {sorted(map(str, left.keys() ^ right.keys()))}"]
+        return [d for key in left if key != "seconds" for d in same(left[key], right[key], f"{where}.{key}")]
+    if isinstance(left, list | tuple):
+        if len(left) != len(right):
+            return [f"{where}: {len(left)} != {len(right)}"]
+        pairs = zip(left, right, strict=True)
+        return [d for place, pair in enumerate(pairs) for d in same(*pair, f"{where}.{place}")]
+    return [] if left == right else [f"{where}: {left} != {right}"]
