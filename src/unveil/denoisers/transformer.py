@@ -32,10 +32,10 @@ class TransformerConfig:
     rope_base: float = 1000.0
 
     def __post_init__(self) -> None:
-        for key, value in dataclasses.asdict(self).items():
-            kinds: tuple[type, ...] = (int, float) if key == "rope_base" else (int,)
-            if isinstance(value, bool) or not isinstance(value, kinds):
-                raise UserError(f"{key}: should be {'a number' if len(kinds) > 1 else 'an integer'}, got {value!r}")
+        for key, value in vars(self).items():
+            fraction = key == "rope_base"
+            if not (type(value) is int or (fraction and type(value) is float)):
+                raise UserError(f"{key}: should be {'a number' if fraction else 'an integer'}, got {value!r}")
             if not 0 < value < float("inf"):
                 raise UserError(f"{key}: should be greater than 0 and finite, got {value}")
         if self.dim % self.heads or (self.dim // self.heads) % 2:

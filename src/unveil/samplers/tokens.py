@@ -47,17 +47,21 @@ def confidence(logits: Tensor, tokens: Tensor, kind: Confidence) -> Tensor:
     """
     if kind not in ("probability", "margin", "entropy"):
         raise ValueError(f"confidence {kind!r} is unknown (allowed: entropy, margin, probability)")
-    parts, scores = row_chunks(logits), []
-    for part, token in zip(parts, tokens.split([len(part) for part in parts]), strict=True):
-        probs = part.float().softmax(-1)
-        if kind == "probability":
-            scores.append(probs.gather(-1, token[:, None])[:, 0])
-        elif kind == "margin":
-            best = probs.topk(2, dim=-1).values
-            scores.append(best[:, 0] - best[:, 1])
-        else:
-            scores.append(-torch.special.entr(probs).sum(-1))
-    return torch.cat(scores)
+    parts = row_chunks(logits)
+    if len(parts) == 1:
+        return _rows_confidence(logits, tokens, kind)
+    split = tokens.split([len(part) for part in parts])
+    return torch.cat([_rows_confidence(*rows, kind) for rows in zip(parts, split, strict=True)])
+
+
+def _rows_confidence(logits: Tensor, tokens: Tensor, kind: Confidence) -> Tensor:
+    probs = logits.float().softmax(-1)
+    if kind == "probability":
+        return probs.gather(-1, tokens[:, None])[:, 0]
+    if kind == "margin":
+        best = probs.topk(2, dim=-1).values
+        return best[:, 0] - best[:, 1]
+    return -torch.special.entr(probs).sum(-1)
 
 
 def _filter_rows(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:

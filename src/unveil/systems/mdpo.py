@@ -16,7 +16,7 @@ summed over the steps of a rollout and averaged over rollouts. RCR, the decoding
 
 Differs from the released code: group statistics are by prompt id (the code's are right only for one group per batch);
 confidence is the model's own probability (``rollout.sampler.rank_by: sampling`` gives the code's tempered and filtered
-one); several inner updates work (the code crashes); the last block's length is part of no assumption.
+one); several inner updates work (the code crashes).
 """
 
 from __future__ import annotations
