@@ -192,6 +192,6 @@ def test_damaged_folders_are_refused_in_one_line(folder: Path, damage: Callable[
 def test_refused_weights_leave_the_module_as_it_was(denoiser: TransformerDenoiser, folder: Path) -> None:
     edit_weights(lambda state: state.update({"norm.weight": torch.zeros(3)}))(folder)
     before = {name: value.clone() for name, value in denoiser.state_dict().items()}
-    with pytest.raises(UserError, match="'norm.weight'"):
+    with pytest.raises(UserError, match=r"'norm\.weight'"):
         load_weights(denoiser, folder / "model.safetensors")
     assert all(torch.equal(before[name], value) for name, value in denoiser.state_dict().items())

@@ -82,7 +82,9 @@ def test_no_positions_give_no_scores(denoiser: TransformerDenoiser) -> None:
     got.sum().backward()
 
 
-def test_the_default_chunk_follows_the_vocabulary(denoiser: TransformerDenoiser, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_chunk_follows_the_vocabulary(
+    denoiser: TransformerDenoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows: list[int] = []
     head = denoiser.head
     monkeypatch.setattr(denoiser, "head", lambda part: rows.append(len(part)) or head(part))
@@ -108,7 +110,9 @@ def test_the_peak_follows_the_chunk_and_not_the_number_of_positions() -> None:
     assert peak(512) < 1.2 * peak(64)
 
 
-@pytest.mark.parametrize(("more", "message"), [({"chunk_rows": 0}, "chunk_rows"), ({"temperature": 0.0}, "temperature")])
+@pytest.mark.parametrize(
+    ("more", "message"), [({"chunk_rows": 0}, "chunk_rows"), ({"temperature": 0.0}, "temperature")]
+)
 def test_bad_numbers_are_refused(denoiser: TransformerDenoiser, more: dict, message: str) -> None:
     features, tokens, _ = inputs()
     with pytest.raises(ValueError, match=message):

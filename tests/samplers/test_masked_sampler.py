@@ -101,7 +101,7 @@ def sample(
     return sampler.sample(denoiser, Canvas.of([prompt], length, denoiser.spec), [0], **more)  # type: ignore[arg-type]
 
 
-# --- one row at a time, written out --------------------------------------------------------------------------------
+# --- one row at a time, written out ---
 
 
 @torch.no_grad()
@@ -181,7 +181,7 @@ def test_running_confidence_equals_plain_python(
     assert [*done.states[0].tolist(), done.response_ids[0].tolist()] == expected
 
 
-# Confidences of four steps over four positions; step s proposes word s everywhere, one more token has to stand after each.
+# Confidences of four steps over four positions; step s proposes word s everywhere; one more token stands after each.
 # last: step 0 keeps position 3 (.90)                               -> [_ _ _ 0]
 #       step 1 runs (.80 .75 .65 .90): the two lowest are 2 and 1   -> [1 _ _ 0]
 #       step 2 runs (.80 .95 .92 .90): position 0 goes back         -> [_ 2 2 0]
@@ -216,7 +216,7 @@ def test_running_confidence_by_hand(running: str, schedule: Schedule) -> None:
 
 def test_running_confidence_reaches_into_earlier_blocks_and_takes_back_nothing_last() -> None:
     # Two blocks of two, two steps each. Block 0: step 0 keeps position 0 (.90); step 1, its last, fills position 1 (.40).
-    # Block 1: step 2 proposes both (.80 .70), one hole must remain: the least certain of all four is position 1 of block 0.
+    # Block 1: step 2 proposes both (.80 .70), one hole must remain: the least certain of all is position 1 of block 0.
     # Step 3, the last, fills position 1 (.30) and takes back nothing, though .30 is the lowest of all.
     certain = [[0.9, 0.5, 0.99, 0.99], [0.9, 0.4, 0.99, 0.99], [0.9, 0.9, 0.8, 0.7], [0.3, 0.3, 0.3, 0.3]]
     sampler = MaskedSampler(steps=4, block_length=2, rule=RunningConfidence())
@@ -243,7 +243,7 @@ def test_a_running_confidence_of_exactly_zero_can_be_taken_back() -> None:
     assert done.states[0, 1].tolist() == [MASK, WORD]
 
 
-# --- batches -----------------------------------------------------------------------------------------------------------
+# --- batches ---
 
 
 # No prompt is empty: a canvas of masks alone gives every position the same logits but for rounding, so its order of
@@ -309,7 +309,7 @@ def test_the_seed_decides_and_the_canvas_is_left_alone(denoiser: TransformerDeno
     assert not torch.isin(first, torch.tensor(denoiser.spec.forbidden_ids)).any()
 
 
-# --- schedules and records ---------------------------------------------------------------------------------------------
+# --- schedules and records ---
 
 
 @pytest.mark.parametrize("schedule", [Even(), Linear(), Cosine()])
@@ -390,7 +390,7 @@ def test_asking_for_records_changes_nothing_but_reads_later_blocks(denoiser: Tra
     assert recorded.guesses is not None and not (recorded.guesses[0, 0] == MASK).any()
 
 
-# --- infill and external starts ----------------------------------------------------------------------------------------
+# --- infill and external starts ---
 
 
 @pytest.mark.parametrize("block", [None, 4])
@@ -444,7 +444,7 @@ def test_continuing_inside_a_block_with_the_steps_that_are_left(denoiser: Transf
     assert torch.equal(resumed.response_ids, whole.response_ids)
 
 
-# --- stopping early ------------------------------------------------------------------------------------------------------
+# --- stopping early ---
 
 
 @pytest.mark.parametrize("block", [None, 4])
@@ -477,7 +477,7 @@ def test_a_row_stops_only_behind_text_without_holes() -> None:
     assert done.step_map is not None and done.step_map[0].tolist() == [1, 2, 0, 3]
 
 
-# --- refusals ----------------------------------------------------------------------------------------------------------
+# --- refusals ---
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from unveil.samplers.rules import Factor, LowConfidence, Rule, RunningConfidence, State, StepView, Threshold, certainty_rank
+from unveil.samplers.rules import (
+    Factor,
+    LowConfidence,
+    Rule,
+    RunningConfidence,
+    State,
+    StepView,
+    Threshold,
+    certainty_rank,
+)
 
 CPU = torch.device("cpu")
 
@@ -38,7 +47,11 @@ def test_low_confidence_leaves_the_least_certain_open_holes() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    rows=st.lists(st.lists(st.none() | st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]), min_size=6, max_size=6), min_size=1, max_size=4),
+    rows=st.lists(
+        st.lists(st.none() | st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]), min_size=6, max_size=6),
+        min_size=1,
+        max_size=4,
+    ),
     share=st.floats(0, 1),
 )
 def test_low_confidence_equals_sorting(rows: list[list[float | None]], share: float) -> None:
@@ -71,7 +84,9 @@ def test_threshold_keeps_its_cap() -> None:
     factor=st.floats(0.0625, 4, width=16),
     cap=st.none() | st.integers(1, 4),
 )
-def test_parallel_rules_equal_brute_force(row: list[float | None], threshold: float, factor: float, cap: int | None) -> None:
+def test_parallel_rules_equal_brute_force(
+    row: list[float | None], threshold: float, factor: float, cap: int | None
+) -> None:
     ranked = sorted((place for place, cell in enumerate(row) if cell is not None), key=lambda place: -row[place])  # type: ignore[operator]
     sure = sum(row[place] >= threshold for place in ranked)  # type: ignore[operator]
     fitting = [n for n in range(1, len(ranked) + 1) if (n + 1) * (1 - row[ranked[n - 1]]) < factor]  # type: ignore[operator]

@@ -6,7 +6,6 @@ import itertools
 import math
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,7 +19,6 @@ from unveil.samplers.schedules import (
     Logarithmic,
     Power,
     Schedule,
-    count_table,
 )
 
 SCHEDULES = [
@@ -117,13 +115,6 @@ def test_a_single_mask_and_none_at_all() -> None:
 )
 def test_doubling(n: int, steps: int, expected: list[int]) -> None:
     assert Doubling().counts(n, steps) == expected
-
-
-def test_the_table_holds_the_counts_of_every_n() -> None:
-    table = count_table(Cosine(), 20, 6)
-    assert table.shape == (21, 6) and table.dtype == torch.int64
-    assert torch.equal(table.sum(-1), torch.arange(21))
-    assert table[13].tolist() == Cosine().counts(13, 6)
 
 
 def test_bad_input_is_refused() -> None:

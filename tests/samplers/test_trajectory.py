@@ -92,7 +92,9 @@ def test_what_is_not_a_trajectory_file_is_refused(tmp_path: Path) -> None:
         Trajectory.load(path)
 
 
-@pytest.mark.parametrize("header", ["{", "[]", json.dumps({"forwards": 1}), json.dumps({"forwards": 1, "mask_id": 0, "more": 2})])
+@pytest.mark.parametrize(
+    "header", ["{", "[]", json.dumps({"forwards": 1}), json.dumps({"forwards": 1, "mask_id": 0, "more": 2})]
+)
 def test_another_version_is_refused(tmp_path: Path, header: str) -> None:
     path = tmp_path / "chains.safetensors"
     trajectory().save(path)

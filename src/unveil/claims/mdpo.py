@@ -16,7 +16,6 @@ random masks until greedy decoding in 4 steps passes 58 % (the task has a phase 
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import time
@@ -50,7 +49,9 @@ LENGTH, STEPS = 8, 4
 LEARNING_RATES = (3e-5, 1e-4, 3e-4)
 TUNING_SEED = 1000
 HELD_OUT = 600
-"""Of the 656 prompts that no training ever sees."""
+"""Of the 656 prompts of 8 digits that no training ever sees."""
+SHORTER, SHORTER_HELD_OUT = 7, 200
+"""The other chain on which decoding rules are compared. Chains of 10 are not learned within 4,000 updates."""
 GAIN_RATIO, UPDATE_SHARE = 2.0, 0.2
 CHAIN_SLACK, ANSWER_FIRST_GAIN, GOOD_ENOUGH = 0.015, 0.08, 0.80
 NEVER = 10**9
@@ -143,8 +144,6 @@ def _chain_network(out: Path, seed: int, length: int) -> Measured:
 def _network(folder: Path, task: Task, prompt: int, response: int, seed: int, *, goal: float, steps: int) -> Measured:
     torch.set_num_threads(1)
     denoiser = SlotDenoiser(words=3, prompt=prompt, response=response)
-    if (folder / "model.safetensors").is_file():
-        return json.loads((folder / "result.json").read_text())
     denoiser.initialise(generator(seed, "slots"))
     trainer = _trainer(denoiser, lr=3e-3, updates=NEVER, folder=folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -152,7 +151,7 @@ def _network(folder: Path, task: Task, prompt: int, response: int, seed: int, *,
     data = DenoisingConfig(tasks=[MixedTask(task=task)], response_length=response, batch=64)
     job = DenoisingJob(trainer, data, DenoisingEval(), log, seed=seed)
     sampler = MaskedSampler(steps=steps)
-    held_out = task.problems("test", 400, 1)
+    held_out = task.problems("test", SHORTER_HELD_OUT if prompt == SHORTER else 400, 1)
     accuracy, update = 0.0, 0
     while accuracy < goal and update < 4000:
         for _ in range(20):
@@ -161,7 +160,6 @@ def _network(folder: Path, task: Task, prompt: int, response: int, seed: int, *,
         accuracy = evaluate(denoiser, task, held_out, sampler, response_length=response).accuracy
     denoiser.save_pretrained(folder)
     result = {"updates": update, "accuracy": accuracy, "line": f"{accuracy:.3f} after {update} updates"}
-    (folder / "result.json").write_text(json.dumps(result))
     return result
 
 
@@ -224,13 +222,13 @@ def _chain_decoding(out: Path, seed: int) -> Measured:
     """LCR and RCR on chains of two lengths at several step counts, no training."""
     torch.set_num_threads(1)
     cells = []
-    for length in (LENGTH, 10):
+    for length, count in ((SHORTER, SHORTER_HELD_OUT), (LENGTH, HELD_OUT)):
         if length != LENGTH:
             _chain_network(out, seed, length)
         task = RunningSum(length=length)
         denoiser = SlotDenoiser(words=3, prompt=length, response=length).load(out / f"chain-{length}-{seed}")
-        held_out = task.problems("test", HELD_OUT, 0)
-        for steps in (2, length // 2):
+        held_out = task.problems("test", count, 0)
+        for steps in (2, 3, length // 2) if length == LENGTH else (2, 3):
             cell: Measured = {"length": length, "steps": steps}
             for name, rule in _rules().items():
                 sampler = MaskedSampler(steps=steps, rule=rule)

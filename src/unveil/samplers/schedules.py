@@ -9,9 +9,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from unveil.registry import Plugin, UserError
 
 
@@ -108,11 +105,6 @@ class Doubling(Schedule, name="doubling"):
 
     def remaining(self, n: int, step: int, steps: int) -> int:
         return n - (2**step - 1)
-
-
-def count_table(schedule: Schedule, max_n: int, steps: int) -> Tensor:
-    """``schedule.counts`` for n = 0 .. max_n, (max_n + 1, steps) int64, to be indexed by a batch of n."""
-    return torch.tensor([schedule.counts(n, steps) for n in range(max_n + 1)])
 
 
 def _floor(value: float) -> int:

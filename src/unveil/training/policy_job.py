@@ -309,12 +309,14 @@ class PolicyJob:
         weight = batch.policy_weight[slice(*part)][scored].to(device)
         terms = self.policy.objective.terms(log_prob, old, advantage)
         loss = (weight * terms).sum()
-        batch.diagnostics.add({"entropy": entropy.mean().item()}, len(log_prob))
-        batch.diagnostics.add(self.policy.objective.diagnostics(log_prob.detach(), old, advantage), len(log_prob))
+        if len(log_prob):  # a step that revealed nothing can be alone in its micro-batch
+            batch.diagnostics.add({"entropy": entropy.mean().item()}, len(log_prob))
+            batch.diagnostics.add(self.policy.objective.diagnostics(log_prob.detach(), old, advantage), len(log_prob))
         if batch.reference is not None:
             kl = self.policy.kl.terms(log_prob, batch.reference[number])
             loss = loss + self.policy.kl.beta * (batch.kl_weight[slice(*part)][scored].to(device) * kl).sum()
-            batch.diagnostics.add({"kl": kl.detach().mean().item()}, len(log_prob))
+            if len(log_prob):
+                batch.diagnostics.add({"kl": kl.detach().mean().item()}, len(log_prob))
         return loss
 
     def _metrics(
