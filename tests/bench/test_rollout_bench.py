@@ -9,8 +9,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from unveil.bench import memory, rollout
-from unveil.bench.reference import Workload, plain_decode, random_network
+from unveil.bench import _memory as memory
+from unveil.bench import rollout
+from unveil.bench._reference import Workload, plain_decode, random_network
 from unveil.denoisers.tokenizer import TextTokenizer
 from unveil.denoisers.transformer import TransformerConfig, TransformerDenoiser
 from unveil.registry import UserError
@@ -29,7 +30,7 @@ def tiny(context: int = 80) -> TransformerDenoiser:
 
 @pytest.fixture(scope="module")
 def result() -> dict:
-    return rollout.run(tiny(), batch_sizes=(1, 3, 8), repeats=1, positions=128)
+    return rollout.run(tiny(), batch_sizes=(1, 3, 8), repeats=1, positions=64)
 
 
 def test_outputs_are_identical_and_forwards_are_counted(result: dict) -> None:
@@ -59,7 +60,7 @@ def test_the_result_is_plain_json_and_prints(result: dict) -> None:
     }  # fmt: skip
     written = io.StringIO()
     Console(file=written, width=160).print(rollout.render(result))
-    assert "34 tokens, batch 8: samples/s" in written.getvalue() and "scoring 128 of 126,464" in written.getvalue()
+    assert "34 tokens, batch 8: samples/s" in written.getvalue() and "scoring 64 of 126,464" in written.getvalue()
 
 
 def test_different_outputs_fail_whatever_the_speed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +72,7 @@ def test_different_outputs_fail_whatever_the_speed(monkeypatch: pytest.MonkeyPat
 
 
 def test_scoring_in_chunks_takes_at_most_a_quarter() -> None:
-    assert memory.log_prob_memory(positions=512)["holds"]
+    assert memory.log_prob_memory(positions=256, width=16)["holds"]
 
 
 def test_peak_counts_what_lives_at_once() -> None:
@@ -107,13 +108,20 @@ def test_the_workload_is_the_same_every_time_and_holds_no_controls() -> None:
     assert all(length % one.block_length == 0 for length in one.lengths)
 
 
+@pytest.mark.parametrize("context", [24, 32, 48, 64])
+def test_the_workload_fits_short_canvases(context: int) -> None:
+    work = Workload.of(tiny(context), 8, 0)
+    longest = [len(prompt) + length for prompt, length in zip(work.prompts, work.lengths, strict=True)]
+    assert max(longest) <= context and all(length % work.block_length == 0 for length in work.lengths)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"repeats": 0}, "repeats: should be at least 1, got 0"),
         ({"batch_sizes": (1, 0)}, "batch: should be at least 1, got 0"),
         ({"positions": -1}, "positions: should be at least 1"),
-        ({"model": tiny(40)}, "needs a canvas of 72 tokens, the model has 40"),
+        ({"model": tiny(23)}, "needs a canvas of 24 tokens, the model has 23"),
     ],
 )
 def test_bad_settings_are_refused(given: dict, message: str) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
-import tiny
 import torch
 from torch import Tensor
 
+import tiny
 from unveil.learning.denoising import Corrupted, corrupt, elbo_loss
 from unveil.processes.masked import MaskedProcess
 from unveil.seeds import generator

@@ -215,7 +215,7 @@ def test_running_confidence_by_hand(running: str, schedule: Schedule) -> None:
 
 
 def test_running_confidence_reaches_into_earlier_blocks_and_takes_back_nothing_last() -> None:
-    # Two blocks of two, two steps each. Block 0: step 0 keeps position 0 (.90); step 1, its last, fills position 1 (.40).
+    # Two blocks of two, two steps each. Block 0: step 0 keeps position 0 (.90); step 1, the last, fills position 1.
     # Block 1: step 2 proposes both (.80 .70), one hole must remain: the least certain of all is position 1 of block 0.
     # Step 3, the last, fills position 1 (.30) and takes back nothing, though .30 is the lowest of all.
     certain = [[0.9, 0.5, 0.99, 0.99], [0.9, 0.4, 0.99, 0.99], [0.9, 0.9, 0.8, 0.7], [0.3, 0.3, 0.3, 0.3]]
@@ -246,7 +246,7 @@ def test_a_running_confidence_of_exactly_zero_can_be_taken_back() -> None:
 # --- batches ---
 
 
-# No prompt is empty: a canvas of masks alone gives every position the same logits but for rounding, so its order of
+# No prompt is empty: a canvas of masks alone gives every position the same logits but for rounding, so the order of
 # revealing is decided by the last bit.
 PROMPTS = [[4, 5, 6], [7], [8, 9, 10, 11, 12], [6, 4], [13, 4, 9, 9]]
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import Tensor
 
+import tiny
 from unveil.learning.likelihoods import OneStepLikelihood, Views, up_to_end
 from unveil.learning.objectives import Clipped, Kl
 from unveil.samplers.masked import MaskedSampler
@@ -31,9 +31,7 @@ class Spied:
             kl=Kl(beta=BETA, estimator="k3"),
             inner_updates=MU,
         )
-        self.job = tiny.job(
-            folder, config, optim=OptimConfig(lr=5e-3, max_grad_norm=1e9, microbatch=microbatch)
-        )
+        self.job = tiny.job(folder, config, optim=OptimConfig(lr=5e-3, max_grad_norm=1e9, microbatch=microbatch))
         self.reference = self.weights()
         tiny.shifted(self.job.denoiser)
         self.views: list[Views] = []
@@ -81,8 +79,7 @@ class Spied:
             prompt = self.views[j].ids[row, :width]
             canvas = torch.cat([prompt, torch.full((tiny.RESPONSE,), MASK)])[None]
             logs = [
-                (m(canvas, self.trajectory.valid[row][None])[0, width:] / TAU).log_softmax(-1)
-                for m in (new, old, ref)
+                (m(canvas, self.trajectory.valid[row][None])[0, width:] / TAU).log_softmax(-1) for m in (new, old, ref)
             ]
             for i, token in enumerate(response(self.trajectory, row)):
                 log_new, log_old, log_ref = logs[0][i, token], logs[1][i, token].detach(), logs[2][i, token].detach()

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from torch import Tensor
 
+import tiny
 from unveil.learning.likelihoods import TrajectoryLikelihood
 from unveil.learning.objectives import Clipped, Kl
 from unveil.learning.selectors import AllSteps, TopAdvantage
@@ -269,9 +269,7 @@ def test_filter_by_hand() -> None:
         return Verdict(correct=correct, score=float(correct))
 
     correct = torch.tensor([[1, 0, 0], [0, 0, 0], [1, 1, 1], [0, 1, 0], [0, 0, 1]], dtype=torch.bool)
-    judged = Judged(
-        texts=[""] * 5, verdicts=[verdict(bool(row[-1])) for row in correct], guess_correct=correct
-    )
+    judged = Judged(texts=[""] * 5, verdicts=[verdict(bool(row[-1])) for row in correct], guess_correct=correct)
     keep = OverDenoising(decoder=MaskedSampler(steps=3)).keep(judged)
     assert keep.tolist() == [True, False, False, True, False]
 

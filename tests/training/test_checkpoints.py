@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def write(text: str, crash: bool = False):  # noqa: ANN201
+def write(text: str, crash: bool = False) -> Callable[[Path], None]:
     def fill(draft: Path) -> None:
         (draft / "inner").mkdir()
         (draft / "inner" / "file").write_text(text)

@@ -7,8 +7,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import tiny
 
+import tiny
 from unveil.registry import UserError
 from unveil.samplers.masked import MaskedSampler
 from unveil.tasks.base import Problem, Split

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from unveil.denoisers.load import load_denoiser
 from unveil.denoisers.transformer import TransformerConfig
 from unveil.learning.objectives import Kl

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from torch import Tensor, nn
 
+import tiny
 from unveil.training.snapshots import Snapshot, SnapshotConfig, Snapshots
 
 

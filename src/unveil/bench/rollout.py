@@ -21,8 +21,8 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from unveil.bench import memory
-from unveil.bench.reference import Workload, plain_decode, random_network
+from unveil.bench import _memory as memory
+from unveil.bench._reference import Workload, plain_decode, random_network
 from unveil.denoisers.base import MaskedDenoiser
 from unveil.registry import UserError
 from unveil.samplers.canvas import Canvas

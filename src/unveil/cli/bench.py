@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     from unveil import bench
     from unveil.cli.models import open_model, set_threads
 
-    known = [module.name for module in pkgutil.iter_modules(bench.__path__)]
+    known = [module.name for module in pkgutil.iter_modules(bench.__path__) if not module.name.startswith("_")]
     if args.name not in known:
         raise UserError(f"no bench is called {args.name!r}{did_you_mean(args.name, known)}")
     if args.repeats < 1:

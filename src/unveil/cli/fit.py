@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of both commands."""
     parser.add_argument(
         "words", nargs="*", metavar="RECIPE [key=value ...]",
-        help="name (mdpo is mdpo/cpu; mdpo/full) or path of a recipe, and changes such as optim.lr=3e-4",
+        help="name (mdpo is mdpo/cpu; mdpo/sudoku) or path of a recipe, and changes such as optim.lr=3e-4",
     )  # fmt: skip
     parser.add_argument("--run", metavar="DIR", help="run folder (default: runs/RECIPE-DATE-TIME)")
     parser.add_argument(

@@ -16,7 +16,7 @@ def recipe_names(system: str = "*") -> list[str]:
 
 
 def find_recipe(name: str) -> Path:
-    """The file of ``mdpo`` (that is ``mdpo/cpu``), ``mdpo/full``, or a path to a YAML file.
+    """The file of ``mdpo`` (that is ``mdpo/cpu``), ``mdpo/sudoku``, or a path to a YAML file.
 
     Raises:
         UserError: there is none.

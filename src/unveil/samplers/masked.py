@@ -7,7 +7,6 @@ by one; a row that is done leaves the batch, and padding that only it needed lea
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from unveil.registry import UserError
 from unveil.samplers.canvas import Canvas
 from unveil.samplers.rules import LowConfidence, Rule, State, StepView
 from unveil.samplers.schedules import Even, Schedule
+from unveil.samplers.timetable import Timetable
 from unveil.samplers.tokens import confidence, filter_logits, sample_categorical, token_log_prob
 from unveil.samplers.trajectory import Trajectory, check_needs, concatenate
 
@@ -152,11 +152,11 @@ class _Chains:
         block = sampler.block_length or width
         self.blocks = math.ceil(width / block)
         self.block_of = torch.arange(width, device=device) // block
-        self.timetable: _Timetable | None = None
+        self.timetable: Timetable | None = None
         if sampler.rule.follows_schedule:
             holes = (canvas.response == self.mask_id) & canvas.response_valid & ~canvas.frozen
             local_steps = sampler.steps_per_block(width)
-            self.timetable = _Timetable.of(holes, block, sampler.schedule, local_steps, device)
+            self.timetable = Timetable.of(holes, block, sampler.schedule, local_steps, device)
         lengths = canvas.response_valid.sum(1).tolist()
         max_steps = max(self.timetable.ends) if self.timetable else width
         self.token_noise, self.order_noise = self._draw_noise(seeds, lengths, max_steps, width)
@@ -354,44 +354,3 @@ class _Chains:
             noise[:, row, :, :length] = drawn.transpose(0, 1)
         device = self.denoiser.device
         return (noise[0].to(device) if wants_tokens else None), (noise[1].to(device) if wants_order else None)
-
-
-class _Timetable:
-    """What a schedule says about every step of b rows, known before the first.
-
-    Attributes:
-        ends: (b) steps of every row, on the host.
-        columns: of every step (b,) each: the block, the holes of the open blocks after it, whether it is the block's
-        last.
-    """
-
-    def __init__(self, table: Tensor, ends: list[int]) -> None:
-        """From ``table`` (3, b, S), the block, what remains, and 1 at the last step of a block."""
-        self.table, self.ends = table, ends
-        block, remain, last = table
-        self.columns = list(zip(block.unbind(1), remain.unbind(1), last.bool().unbind(1), strict=True))
-
-    @classmethod
-    def of(cls, holes: Tensor, block_length: int, schedule: Schedule, steps: int, device: torch.device) -> _Timetable:
-        """For rows that start with ``holes`` (b, R), decoded in ``steps`` steps a block.
-
-        Steps that would reveal nothing are left out: they would cost a forward pass and decide nothing.
-        """
-        remains: list[list[int]] = []
-        for n in range(min(block_length, holes.shape[1]) + 1):
-            counts = schedule.counts(n, steps)
-            left = (n - done for done in itertools.accumulate(counts))
-            remains.append([after for after, count in zip(left, counts, strict=True) if count])
-        rows = []
-        for row in holes.tolist():
-            sizes = [sum(row[start : start + block_length]) for start in range(0, len(row), block_length)]
-            rows.append([(block, left, left == 0) for block, n in enumerate(sizes) for left in remains[n]])
-        ends = [len(row) for row in rows]
-        padded = [row + [(0, 0, True)] * (max(ends) - len(row)) for row in rows]
-        table = torch.tensor(padded, dtype=torch.long).reshape(len(rows), -1, 3)
-        return cls(table.permute(2, 0, 1).to(device), ends)
-
-    def rows(self, keep: Tensor) -> _Timetable:
-        return _Timetable(
-            self.table[:, keep], [end for end, kept in zip(self.ends, keep.tolist(), strict=True) if kept]
-        )

@@ -26,22 +26,24 @@ class Workload:
 
     @classmethod
     def of(cls, denoiser: MaskedDenoiser, batch: int, seed: int) -> Workload:
-        """``batch`` random prompts of 8-24 tokens, responses of 16-48 tokens.
+        """``batch`` random prompts of 8-24 tokens, responses of 16-48 tokens; fewer if the model's canvas is short.
 
         Raises:
             UserError: the model's canvas is too short.
         """
         context = denoiser.spec.context_length
-        if context < 72:
-            raise UserError(f"context_length: the bench needs a canvas of 72 tokens, the model has {context}")
+        if context < 24:
+            raise UserError(f"context_length: the bench needs a canvas of 24 tokens, the model has {context}")
+        longest = min(48, 2 * context // 3 // 8 * 8)
+        longest_prompt = min(24, context - longest)
         never = {*denoiser.spec.forbidden_ids, *denoiser.spec.end_ids}
         words = torch.tensor([index for index in range(denoiser.spec.vocab_size) if index not in never])
         stream = generator(seed, "bench prompts", batch)
         prompts, lengths = [], []
         for row in range(batch):
-            length = int(torch.randint(8, 25, (1,), generator=stream))
+            length = int(torch.randint(8, longest_prompt + 1, (1,), generator=stream))
             prompts.append(words[torch.randint(len(words), (length,), generator=stream)].tolist())
-            lengths.append((32, 16, 48, 24, 40)[row % 5])
+            lengths.append(min(longest, (32, 16, 48, 24, 40)[row % 5]))
         return cls(prompts=prompts, lengths=lengths)
 
 

@@ -1,0 +1,150 @@
+"""The floors: who may import whom, and what every system comes with."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+import unveil
+from unveil import claims, systems
+from unveil.recipe import build, load
+from unveil.training.runs import PretrainRecipe, TrainRecipe
+
+ROOT = Path(unveil.__file__).parent
+FLOORS = [
+    ("registry", "seeds"),  # what every floor stands on
+    ("checking",),
+    ("overrides",),
+    ("recipe",),
+    ("recipe_keys",),
+    ("processes",),
+    ("denoisers",),
+    ("samplers",),
+    ("rewards",),
+    ("tasks",),
+    ("learning",),
+    ("training",),
+    ("systems",),
+    ("claims",),
+    ("report", "bench"),
+    ("cli",),
+]
+HEIGHT = {name: height for height, names in enumerate(FLOORS) for name in names}
+BASELINES = {"diffu_grpo"}
+"""Systems that others are measured against; their claims are checked inside those others' checks."""
+MODEL_NAMES = re.compile(r"llada|dream(?!er)|diffucoder|mdlm|sedd|fast.?dllm|countdown|sudoku", re.IGNORECASE)
+
+
+def modules() -> list[Path]:
+    return sorted(path for path in ROOT.rglob("*.py") if path.parent != ROOT or path.stem in HEIGHT)
+
+
+def floor(path: Path) -> str:
+    return path.relative_to(ROOT).with_suffix("").parts[0]
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """Dotted names below ``unveil.`` that a module imports, at its top or inside a function."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            found.add(node.module or "")
+            if node.module in ("unveil", "unveil.systems", "unveil.claims"):
+                found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name.removeprefix("unveil.") for name in found if name.startswith("unveil.")}
+
+
+def test_every_folder_and_module_has_a_floor() -> None:
+    known = set(HEIGHT) | {"__init__", "__main__", "models", "recipes", "__pycache__", "py.typed"}
+    assert {path.stem if path.suffix == ".py" else path.name for path in ROOT.iterdir()} <= known
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_down(path: Path) -> None:
+    own = floor(path)
+    for name in imported(ast.parse(path.read_text(encoding="utf-8"))):
+        other = name.split(".")[0]
+        if other == "__version__" or other == own:
+            continue
+        assert HEIGHT[other] < HEIGHT[own], f"{path.relative_to(ROOT)} ({own}) imports {name}"
+
+
+def test_the_check_can_fail() -> None:
+    bad = ast.parse("def f():\n    from unveil.cli import main\n    import unveil.systems.mdpo")
+    assert imported(bad) == {"cli", "systems.mdpo"}
+
+
+def system_names() -> list[str]:
+    return [system.name for system in systems.catalogue()]
+
+
+@pytest.mark.parametrize("name", system_names())
+def test_systems_never_import_one_another(name: str) -> None:
+    names = imported(ast.parse((ROOT / "systems" / f"{name}.py").read_text(encoding="utf-8")))
+    siblings = {f"systems.{path.stem}" for path in (ROOT / "systems").glob("*.py") if path.stem != "__init__"}
+    assert not names & siblings
+
+
+@pytest.mark.parametrize("name", system_names())
+def test_every_system_comes_with_its_file_claim_and_recipes(name: str) -> None:
+    assert (ROOT / "systems" / f"{name}.py").is_file()
+    assert name in BASELINES or (ROOT / "claims" / f"{name}.py").is_file()
+    assert list((ROOT / "recipes" / name).glob("*.yaml"))
+
+
+def test_baselines_are_checked_inside_another_claim() -> None:
+    assert set(system_names()) >= BASELINES
+    for name in BASELINES:
+        assert not (ROOT / "claims" / f"{name}.py").exists(), f"{name} is no exception any more"
+        users = [path for path in Path(claims.__file__).parent.glob("*.py") if f"systems.{name}" in path.read_text()]
+        assert users
+
+
+def test_claims_of_systems_can_be_reproduced() -> None:
+    for name in set(system_names()) - BASELINES:
+        assert callable(importlib.import_module(f"unveil.claims.{name}").reproduce)
+
+
+def code_strings(tree: ast.Module) -> list[str]:
+    """Identifiers and string constants of the code; docstrings (any bare string) are left out."""
+    bare = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in bare:
+            found.append(node.value)
+        found += [value for _, value in ast.iter_fields(node) if isinstance(value, str) and id(node) not in bare]
+    return found
+
+
+@pytest.mark.parametrize("name", system_names())
+def test_systems_name_no_model_and_no_task(name: str) -> None:
+    tree = ast.parse((ROOT / "systems" / f"{name}.py").read_text(encoding="utf-8"))
+    assert [text for text in code_strings(tree) if MODEL_NAMES.search(text)] == []
+
+
+def recipe_files() -> list[Path]:
+    return sorted((ROOT / "recipes").rglob("*.yaml"))
+
+
+def test_there_are_recipes() -> None:
+    folders = {path.parent.name for path in recipe_files()}
+    assert folders >= {"base-countdown", "mdpo"}
+    assert {name for name in folders if not name.startswith("base-")} <= set(system_names())
+
+
+@pytest.mark.parametrize("path", recipe_files(), ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_recipe_builds(path: Path) -> None:
+    if path.parent.name.startswith("base-"):
+        build(PretrainRecipe, load(path))
+        return
+    recipe = build(TrainRecipe, load(path))
+    assert recipe.system == path.parent.name
+    for sampler in [recipe.policy.rollout.sampler, *recipe.eval.decoders.values()]:
+        sampler.check_fits(recipe.policy.rollout.response_length)
