@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,7 @@ def expected_loss(
             )
             for i in holes:
                 token = int(trajectory.guesses[row, s, i])  # type: ignore[index]
-                c = float(trajectory.confidence[row, s, i])  # type: ignore[index]
+                c = math.exp(float(trajectory.log_prob[row, s, i]))  # type: ignore[index]
                 rho = (log_new[i, token] - log_old[i, token].detach()).exp()
                 a = advantages[s]
                 limited = rho.clamp(1 - clip, 1 + clip)
@@ -233,7 +234,8 @@ def test_without_confidence_and_length_ratio_a_step_weighs_one_over_rollouts(tmp
     sure, kl = StepWeighting().weights(views, trajectory, total)
     for number in range(len(views)):
         n = int(views.holes[number])
-        confidence = trajectory.confidence[views.rows[number], views.steps[number]]  # type: ignore[index]
+        confidence = trajectory.log_prob[views.rows[number], views.steps[number]].exp()  # type: ignore[index]
+        confidence = confidence * views.scored[number]
         torch.testing.assert_close(kl[number], confidence / (n + 1e-4) / 32)
         torch.testing.assert_close(sure[number], confidence * tiny.RESPONSE / (n + 1e-4) ** 2 / 32)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -77,6 +77,9 @@ class Kl:
 
 class Weighting(Plugin, family="weighting"):
     """The reduction: weights of every scored token for the policy term and for the KL term."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Trajectory fields that `weights` reads."""
 
     def weights(self, views: Views, trajectory: Trajectory, total: Callable[[float], float]) -> tuple[Tensor, Tensor]:
         """Two (N, R) tensors, 0 at unscored positions.

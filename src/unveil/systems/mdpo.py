@@ -8,15 +8,17 @@ at EVERY step s = 0..T-1, and the T rewards r_s of a rollout become T advantages
     A_s   = (raw_s - mean over the group) / (std over the group + 1e-4)
 
 Trained are the k steps of a rollout with the largest |A_s|, each on the state that inference really visited. With L
-response positions, n holes, c_i the confidence of token i and rho_i its probability ratio, the loss of one step is
+response positions, n holes, c_i the (tempered) probability of token i when it was drawn and rho_i its probability
+ratio, the loss of one step is
 
     sum over holes of c_i / n * ( L/n * clipped(rho_i, A_s) + beta * (log p_ref - log p)^2 / 2 )
 
 summed over the steps of a rollout and averaged over rollouts. RCR, the decoding rule, is ``samplers/rules.py``: rcr.
 
 Differs from the released code: group statistics are by prompt id (the code's are right only for one group per batch);
-confidence is the model's own probability (``rollout.sampler.rank_by: sampling`` gives the code's tempered and filtered
-one); several inner updates work (the code crashes).
+the decoding rule ranks by the model's own probability, not by the tempered and filtered one
+(``rollout.sampler.rank_by: sampling`` gives that), and c_i stays a probability where the rule ranks by something else;
+several inner updates work (the code crashes).
 """
 
 from __future__ import annotations
@@ -83,8 +85,9 @@ class StepImprovement(Advantage, name="improvement"):
 class StepWeighting(Weighting, name="mdpo"):
     """c_i * L / n^2 for the policy term and c_i / n for the KL term, averaged over rollouts."""
 
+    needs: ClassVar[frozenset[str]] = frozenset({"log_prob"})
     confidence: bool = True
-    """Weigh every token by its (detached) confidence at rollout time."""
+    """Weigh every token by its (detached) probability at rollout time, whatever the decoding rule ranked by."""
     length_ratio: bool = True
     """The factor L/n of the policy term: late steps, with few holes, weigh more per token."""
 
@@ -92,8 +95,8 @@ class StepWeighting(Weighting, name="mdpo"):
         holes = views.holes[:, None] + 1e-4
         each = views.scored / holes / total(float(len(trajectory)))
         if self.confidence:
-            assert trajectory.confidence is not None
-            each = each * trajectory.confidence[views.rows, views.steps]
+            assert trajectory.log_prob is not None
+            each = each * trajectory.log_prob[views.rows, views.steps].exp()
         if not self.length_ratio:
             return each, each
         length = trajectory.response_valid.sum(1)[views.rows, None]

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 Item = TypeVar("Item")
 
@@ -56,12 +56,6 @@ class Ranks:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad)
-
-    def same_everywhere(self, value: Tensor) -> Tensor:
-        """Rank 0's tensor on all ranks."""
-        if self.world > 1:
-            dist.broadcast(value, src=0)
-        return value
 
     def close(self) -> None:
         if self.world > 1 and dist.is_initialized():

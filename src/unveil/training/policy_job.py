@@ -233,7 +233,7 @@ class PolicyJob:
         if rollout.block_lengths:
             pick = derive_seed(self.seed, "block length", update) % len(rollout.block_lengths)
             sampler = replace(sampler, block_length=rollout.block_lengths[pick])
-        needs = set(self.policy.likelihood.needs) | {"confidence"}
+        needs = set(self.policy.likelihood.needs | self.policy.weighting.needs)
         if self.policy.advantage.reads_guesses:
             needs.add("guesses")
         trajectory = sample_problems(
