@@ -277,7 +277,10 @@ def test_reproduce_writes_result_and_judges(
     assert told["verdict"] == "holds"
     assert told["checks"][0]["per_seed"] == [None]
     assert json.loads((out / "result.json").read_text())["date"]
-    assert (out / "result.md").read_text() == "| a |\n"
+    page = (out / "result.md").read_text()
+    assert "Verdict: **holds**. Written by `unveil reproduce toy_claim --seeds 3`" in page
+    assert "| c | >= 1 | 2 | holds |" in page
+    assert page.endswith("\n| a |\n")
     assert answer(capsys, "reproduce", "toy_claim", "--quick", "--out", out, status=1)["verdict"] == "fails"
 
 

@@ -114,8 +114,6 @@ def reproduce(seeds: int, quick: bool, out: Path, report: Callable[[str], None])
     return {
         "name": "mdpo",
         "verdict": "holds" if all(held) else "partly" if any(held) else "fails",
-        "quick": quick,
-        "seeds": seeds,
         "learning_rates": {method: best[method] for method in methods},
         "checks": checks,
         "cost": {
@@ -293,7 +291,7 @@ def _against(by_method: dict[str, list[Measured]], baseline: str, name: str) -> 
                 "base": mine["base"],
                 "mdpo": mine["accuracy"],
                 "diffu_grpo": other_run["accuracy"],
-                "share_of_steps": share,
+                "share_of_steps": share if share < float("inf") else None,
             }
             for mine, other_run, share in zip(ours, theirs, shares, strict=True)
         ],

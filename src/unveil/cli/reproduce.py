@@ -43,10 +43,15 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     claim = importlib.import_module(f"unveil.claims.{args.name}")
     started = time.monotonic()
     result: dict[str, Any] = claim.reproduce(seeds=args.seeds, quick=args.quick, out=out, report=_report)
-    result |= {"date": datetime.date.today().isoformat(), "seconds": round(time.monotonic() - started)}
+    result |= {
+        "seeds": args.seeds,
+        "quick": args.quick,
+        "date": datetime.date.today().isoformat(),
+        "seconds": round(time.monotonic() - started),
+    }
     out.mkdir(parents=True, exist_ok=True)
     (out / "result.json").write_text(json.dumps(result, indent=2, default=str) + "\n", encoding="utf-8")
-    (out / "result.md").write_text(result["table"].rstrip() + "\n", encoding="utf-8")
+    (out / "result.md").write_text(_page(result), encoding="utf-8")
     rows = [
         [
             check["name"],
@@ -61,6 +66,28 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     people.print(f"cost: {', '.join(f'{key} {value}' for key, value in result['cost'].items())}")
     people.print(f"{args.name}: {result['verdict']}  ({out / 'result.md'})")
     return int(result["verdict"] != "holds"), result
+
+
+def _page(result: dict[str, Any]) -> str:
+    """The result as Markdown: verdict, checks, tables."""
+    command = f"unveil reproduce {result['name']} --seeds {result['seeds']}{' --quick' if result['quick'] else ''}"
+    rows = [
+        f"| {check['name']} | {check['demand']} | {check['measured']} | {'holds' if check['holds'] else '**fails**'} |"
+        for check in result["checks"]
+    ]
+    cost = ", ".join(f"{value:,.0f} {key.replace('_', ' ')}" for key, value in result["cost"].items())
+    return "\n".join([
+        f"# Claim check: {result['name']}",
+        "",
+        f"Verdict: **{result['verdict']}**. Written by `{command}` on {result['date']}; cost of all runs: {cost}.",
+        "",
+        "| check | demand | measured | |",
+        "|---|---|---|---|",
+        *rows,
+        "",
+        result["table"].rstrip(),
+        "",
+    ])  # fmt: skip
 
 
 def _report(line: str) -> None:
