@@ -51,7 +51,7 @@ def test_diagnostics_count_what_the_clip_stops() -> None:
     advantage = torch.tensor([1.0, -1.0, -1.0, 1.0])
     found = Clipped(clip=0.2).diagnostics(new, old, advantage)
     assert found["clip_high"] == found["clip_low"] == 0.25
-    assert found["ratio_deviation"] == pytest.approx(math.exp(0.5) - 1)
+    assert found["ratio_deviation"] == pytest.approx((math.exp(0.5) - math.exp(-0.5)) / 2)
     assert found["ratio_mean"] == pytest.approx((math.exp(0.5) + math.exp(-0.5)) / 2)
 
 

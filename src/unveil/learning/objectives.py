@@ -50,7 +50,7 @@ class Clipped(Objective, name="clipped"):
         ratio = (log_prob - old).exp()
         return {
             "ratio_mean": ratio.mean().item(),
-            "ratio_deviation": (ratio - 1).abs().amax().item(),
+            "ratio_deviation": (ratio - 1).abs().mean().item(),
             "clip_low": ((ratio < 1 - self.clip) & (advantage < 0)).float().mean().item(),
             "clip_high": ((ratio > 1 + (self.clip_high or self.clip)) & (advantage > 0)).float().mean().item(),
         }
