@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from unveil.denoisers.base import MaskedDenoiser
 from unveil.processes.masked import token_log_prob
 
-CHUNK_ELEMENTS = 2**24
-"""Logits that may exist at a time: 132 rows of a vocabulary of 126k, 64 MiB in float32."""
+CHUNK_ELEMENTS = 2**22
+"""Logits that may exist at a time: 33 rows of a vocabulary of 126k, 16 MiB in float32."""
 
 
 @overload
