@@ -129,7 +129,7 @@ class OneStepLikelihood(Likelihood, name="one_step"):
             scored=scored,
             targets=trajectory.response_ids,
             rows=torch.arange(batch),
-            steps=(trajectory.active.sum(1) - 1).clamp(min=0),
+            steps=trajectory.last_steps,
             holes=response_valid.sum(1),
         )
 

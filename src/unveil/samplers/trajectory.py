@@ -66,6 +66,11 @@ class Trajectory:
         return self.active.shape[1]
 
     @property
+    def last_steps(self) -> Tensor:
+        """(B,) the last active step of every chain."""
+        return (self.active.sum(1) - 1).clamp(min=0)
+
+    @property
     def response_valid(self) -> Tensor:
         """(B, R) True inside each row's response."""
         return self.valid[:, self.prompt_ids.shape[1] :]

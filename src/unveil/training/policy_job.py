@@ -164,12 +164,11 @@ class PolicyJob:
                     batch.reference = self._score_all(batch)
         metrics: dict[str, Any] = {}
         for batch in batches:
-            batch.diagnostics.clear()
             metrics = optimise(self._losses(batch))
             metrics |= batch.diagnostics.means()
         self.trainer.cost.forwards += round(self.trainer.ranks.total(self.scored))
         self.scored = 0
-        return self._metrics(rewards, judged, trajectory, group, advantages) | metrics
+        return self._metrics(rewards, judged, trajectory, advantages) | metrics
 
     def evaluate(self, update: int) -> None:
         length = self.policy.rollout.response_length
@@ -251,9 +250,8 @@ class PolicyJob:
         if judged.guess_correct is not None and judged.guess_score is not None:
             return judged.guess_correct.float() if self.policy.reward == "correct" else judged.guess_score.float()
         values = [float(v.correct if self.policy.reward == "correct" else v.score) for v in judged.verdicts]
-        last = (trajectory.active.sum(1) - 1).clamp(min=0)
         rewards = torch.zeros(trajectory.active.shape)
-        return rewards.scatter_(1, last[:, None], torch.tensor(values)[:, None])
+        return rewards.scatter_(1, trajectory.last_steps[:, None], torch.tensor(values)[:, None])
 
     def _batch(
         self, trajectory: Trajectory, advantages: Tensor, chosen: Tensor, seeds: list[int], inner: int
@@ -319,9 +317,7 @@ class PolicyJob:
                 batch.diagnostics.add({"kl": kl.detach().mean().item()}, len(log_prob))
         return loss
 
-    def _metrics(
-        self, rewards: Tensor, judged: Judged, trajectory: Trajectory, group: Tensor, advantages: Tensor
-    ) -> dict[str, Any]:
+    def _metrics(self, rewards: Tensor, judged: Judged, trajectory: Trajectory, advantages: Tensor) -> dict[str, Any]:
         final = terminal(rewards, trajectory.active).view(-1, self.policy.rollout.group_size)
         active = trajectory.active
         values: dict[str, Any] = {
@@ -345,9 +341,6 @@ class _Means:
 
     def __init__(self) -> None:
         self.sums: dict[str, tuple[float, int]] = {}
-
-    def clear(self) -> None:
-        self.sums.clear()
 
     def add(self, values: dict[str, float], weight: int) -> None:
         for name, value in values.items():

@@ -7,6 +7,7 @@ from typing import Any
 
 from unveil.denoisers.base import MaskedDenoiser
 from unveil.samplers.masked import MaskedSampler
+from unveil.samplers.text import response_texts
 from unveil.samplers.trajectory import Trajectory
 from unveil.tasks.base import Problem, Task
 from unveil.tasks.evaluate import Evaluation, Judged, judge, sample_problems
@@ -63,8 +64,6 @@ def chain_steps(
 
     With a task and problem every step's guess is also judged.
     """
-    from unveil.samplers.text import response_texts
-
     assert trajectory.states is not None and trajectory.guesses is not None
     assert trajectory.confidence is not None and trajectory.revealed is not None and trajectory.taken_back is not None
     width = int(trajectory.response_valid[row].sum())

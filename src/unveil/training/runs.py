@@ -22,7 +22,7 @@ from unveil.denoisers.transformer import TransformerConfig, TransformerDenoiser
 from unveil.recipe import to_yaml
 from unveil.registry import UserError
 from unveil.seeds import generator
-from unveil.training.checkpoints import list_checkpoints, write_text
+from unveil.training.checkpoints import write_text
 from unveil.training.denoising_job import DenoisingConfig, DenoisingEval, DenoisingJob
 from unveil.training.distribution import Ranks
 from unveil.training.log import LogConfig, RunLog
@@ -152,16 +152,12 @@ def _run(
     if resume:
         if not (run / "recipe.yaml").is_file():
             raise UserError(f"{run}: not a run folder, nothing to resume")
-        found = list_checkpoints(run / "checkpoints")
-        if not found:
-            raise UserError(f"{run}: no complete checkpoint to resume from")
-        resume_at = int(found[-1].name.rpartition("-")[2])
     elif trainer.ranks.total(float(main and run.exists() and any(run.iterdir()))):  # asked once: rank 0 soon fills it
         raise UserError(f"{run}: the run folder is occupied (allowed: a new folder, or --resume to continue this run)")
     job = make(_draft_log(run))
     if resume:
         # Before anything is written: a checkpoint that does not fit must leave the run as it is.
-        trainer.resume(job)
+        resume_at = trainer.resume(job)
     run.mkdir(parents=True, exist_ok=True)
     if main:
         write_text(run / "recipe.yaml", to_yaml(recipe))

@@ -163,17 +163,14 @@ class Trainer:
             stop = self._asked_to_stop()
             while self.done < self.updates and not stop:
                 started = time.perf_counter()
+                lr = self.optim.lr_at(self.done, self.updates)
                 for group in self.optimizer.param_groups:
-                    group["lr"] = self.optim.lr_at(self.done, self.updates)
+                    group["lr"] = lr
                 metrics = job.update(self.done, self.optimise)
                 self.done += 1
                 self.snapshots.after_update(self.done)
                 self.cost.seconds += time.perf_counter() - started
-                metrics |= {
-                    "lr": self.optim.lr_at(self.done - 1, self.updates),
-                    "forwards": self.cost.forwards,
-                }
-                metrics |= {"seconds": self.cost.seconds}
+                metrics |= {"lr": lr, "forwards": self.cost.forwards, "seconds": self.cost.seconds}
                 if self.ranks.main:
                     log.metrics("train", self.done, metrics)
                 if on_update is not None:
