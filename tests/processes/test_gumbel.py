@@ -10,12 +10,12 @@ from torch import Tensor
 
 from unveil.processes.gumbel import (
     UNIFORM_BITS,
+    bias,
     ceiling,
     chi_square,
     effective_temperature,
     entropy,
     gumbel_max,
-    one_draw,
     trial,
     truncated,
     zipf,
@@ -73,20 +73,23 @@ def test_rare_classes_lose_to_frequent_ones() -> None:
     "steps,unmask,nats", [(1_000, 6.4e-4, 5.32), (10_000, 4.4e-5, 3.91), (50_000, 6.0e-6, 2.88)]
 )
 def test_float32_faults_of_a_fine_ancestral_step(steps: int, unmask: float, nats: float) -> None:
-    found = one_draw(zipf(WORDS), 1 / steps, ceiling("float32"))
+    found = bias("one-draw", zipf(WORDS), 1 / steps, "float32")
     assert found.unmask == pytest.approx(unmask, rel=0.01) and found.unmask_exact == 1 / steps
     assert found.entropy == pytest.approx(nats, abs=0.005) and found.entropy_exact == pytest.approx(7.57, abs=0.005)
     assert found.temperature < 0.83 and found.biased
-    sound = one_draw(zipf(WORDS), 1 / steps, ceiling("float64"))
+    sound = bias("one-draw", zipf(WORDS), 1 / steps, "float64")
     assert sound.unmask == pytest.approx(1 / steps, rel=1e-6)
     assert abs(sound.entropy - found.entropy_exact) < 2e-6 and not sound.biased
 
 
 def test_a_flat_position_never_opens_in_float32_but_its_token_alone_is_fair() -> None:
     flat = torch.ones(WORDS)
-    assert one_draw(flat, 1e-4, ceiling("float32")).unmask == pytest.approx(1e-17, rel=0.05)
-    alone = one_draw(zipf(WORDS), 1.0, ceiling("float32"))
-    assert alone.unmask == pytest.approx(1) and not alone.biased
+    assert bias("one-draw", flat, 1e-4, "float32").unmask == pytest.approx(1e-17, rel=0.05)
+    alone = bias("position-first", zipf(WORDS), 1e-4, "float32")
+    assert alone.unmask == 1e-4 and alone.distance < 0.003 and not alone.biased
+    peaked = torch.tensor([1.0, 1e-9, 1e-10])
+    assert not bias("position-first", peaked, 1e-4, "float32").biased, "lost are tokens that never come"
+    assert bias("position-first", zipf(WORDS), 1e-4, "bfloat16").biased
 
 
 def test_effective_temperature_inverts_the_entropy() -> None:
@@ -108,6 +111,17 @@ def test_trial_finds_coarse_noise_and_passes_exact_samplers() -> None:
         found = trial(gumbel_max(dtype, stream), tokens, 1 / 32, 60_000)
         assert found.biased and found.unmasked < 0.8 * found.expected and found.rare < 0.8 * found.expected_rare
     assert trial(gumbel_max("bfloat16", stream), tokens, 1.0, 20_000).biased, "the token alone, 8 bits are too few"
+
+
+def test_noise_on_a_lattice_keeps_a_known_share_of_a_rare_token() -> None:
+    bits, move, draws = 11, 1 / 6000, 2_000_000
+    u = torch.randint(0, 2**bits, (draws, 2), generator=generator("lattice")).double() / 2**bits
+    probs = torch.tensor([move, 1 - move], dtype=torch.float64)
+    # u on the lattice stands for both classes; the mask's own coarseness does not matter.
+    won = ((probs / -u.log()).argmax(-1) == 0).sum().item()
+    c = 2.0**-bits / move
+    expected = draws * move * c / math.expm1(c)
+    assert abs(won - expected) < 4 * math.sqrt(expected) + 0.01 * expected and expected < 0.5 * draws * move
 
 
 def test_chi_square_is_the_known_tail() -> None:

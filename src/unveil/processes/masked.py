@@ -105,9 +105,9 @@ def stratified_times(batch: int, *, generator: torch.Generator, low: float = 1e-
 def hitting_times(u: Tensor, holes: Tensor, start: float | Tensor = 1.0) -> Tensor:
     """When the reverse process reveals its next tokens, in closed form (arXiv 2409.02908, Algorithm 1); (B, W) float64.
 
-    Column j is tau_{n-j-1} = tau_{n-j} u^(1/(n-j)), the time at which the (j+1)-th of n tokens is revealed: the largest of
-    n - j uniforms below the time before. No prediction of the network enters. For a schedule other than alpha_t = 1 - t
-    these are the values of 1 - alpha; its inverse gives the times.
+    Column j is tau_{n-j-1} = tau_{n-j} u^(1/(n-j)), the time at which the (j+1)-th of n tokens is revealed: the largest
+    of n - j uniforms below the time before. No prediction of the network enters. For a schedule other than
+    alpha_t = 1 - t these are the values of 1 - alpha; its inverse gives the times.
 
     Args:
         u: (B, W) float64 uniforms in [0, 1).
