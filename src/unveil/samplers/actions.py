@@ -112,8 +112,9 @@ class Bernoulli(Action, name="bernoulli"):
 class BernoulliArgmax(Bernoulli, name="bernoulli_argmax"):
     """Bernoulli that opens the candidate of largest logit where it drew none. For tests, where a step must not be lost.
 
-    The published code scores a forced opening as if it had been drawn. Here log pi is exact: the largest logit alone has
-    the probability of itself and of nothing. It jumps where another logit becomes the largest, so it cannot be trained.
+    The published code scores a forced opening as if it had been drawn. Here log pi is exact: the largest logit alone
+    has the probability of itself and of nothing. It jumps where another logit becomes the largest, so it cannot be
+    trained.
     """
 
     trains: ClassVar[bool] = False
@@ -137,8 +138,8 @@ class BernoulliArgmax(Bernoulli, name="bernoulli_argmax"):
 class DynamicPlackettLuce(Action, name="dpls"):
     """Draws a first candidate in any case, then ranks the others together with STOP, whose logit is 0.
 
-    What is ranked above STOP is opened. log pi = log softmax over candidates [first] + Plackett-Luce of (the others that
-    were opened, STOP). A row without candidates opens nothing. In the ranking STOP takes the noise of the first.
+    What is ranked above STOP is opened. log pi = log softmax over candidates [first] + Plackett-Luce of (the others
+    that were opened, STOP). A row without candidates opens nothing. In the ranking STOP takes the noise of the first.
     """
 
     channels: ClassVar[int] = 2
