@@ -11,8 +11,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from unveil.registry import Plugin
-from unveil.samplers.rules import State
+from unveil.registry import Plugin, UserError
+from unveil.samplers.rules import Rule, State
 
 
 @dataclass
@@ -43,6 +43,19 @@ class Solver(Plugin, family="solver"):
     """True if tokens come from the network's own output at their step: only then can its log-probability score them."""
     revises: ClassVar[bool] = False
     """True if the tokens of the step before are drawn once more."""
+
+    def check_fits(self, rule: Rule) -> None:
+        """Refuse a rule that this solver does not go with.
+
+        Raises:
+            UserError: saying why.
+        """
+        if self.exact:
+            return
+        if rule.takes_back:
+            raise UserError(f"solver {self.name}: not possible with a rule that takes tokens back")
+        if not rule.follows_schedule:
+            raise UserError(f"solver {self.name}: needs a rule that follows a schedule, not {rule.name!r}")
 
     def solve(self, logits: Tensor, view: SolverView, state: State) -> Tensor:
         """Logits (N, V) to draw from, of the network's logits (N, V) at ``view.read``, in row-major order.
