@@ -20,8 +20,10 @@ from unveil.denoisers.transformer import Block, TransformerConfig, load_weights
 
 
 class SlotDenoiser(MaskedDenoiser):
-    """A bidirectional transformer over response slots. Prompt token i lies on slot ``lead`` + i, by default such that the
-    last ones fall together; slots without a prompt token see only their own."""
+    """A bidirectional transformer over response slots.
+
+    Prompt token i lies on slot ``lead`` + i, by default such that the last ones fall together; the other slots have none.
+    """
 
     def __init__(
         self,
@@ -36,7 +38,8 @@ class SlotDenoiser(MaskedDenoiser):
     ) -> None:
         """``words``: the vocabulary, or how many numbers from 0 it holds; ``ends``: whether responses may end early."""
         super().__init__()
-        self.tokenizer = TextTokenizer.of_words([str(word) for word in range(words)] if isinstance(words, int) else words)
+        vocabulary = [str(word) for word in range(words)] if isinstance(words, int) else words
+        self.tokenizer = TextTokenizer.of_words(vocabulary)
         self.lead = response - prompt if lead is None else lead
         ids = {token: self.tokenizer.id(token) for token in (MASK, PAD, END, UNKNOWN)}
         forbidden = tuple(index for token, index in ids.items() if not (ends and token == END))
