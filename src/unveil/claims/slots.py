@@ -22,7 +22,7 @@ from unveil.denoisers.transformer import Block, TransformerConfig, load_weights
 class SlotDenoiser(MaskedDenoiser):
     """A bidirectional transformer over response slots.
 
-    Prompt token i lies on slot ``lead`` + i, by default such that the last ones fall together; the other slots have none.
+    Prompt token i lies on slot ``lead`` + i, by default such that the last ones meet; others have none.
     """
 
     def __init__(
