@@ -354,8 +354,8 @@ def test_with_the_exact_posterior_the_elbo_is_the_log_likelihood() -> None:
 
 
 def test_three_nodes_are_worth_far_more_than_four_random_times() -> None:
-    """On answers of 64 tokens, against the exact log-likelihood (the claim of GDPO, 2510.08554)."""
-    chain = Chain(16, 64, 3.0, 0)
+    """On answers of 128 tokens, against the exact log-likelihood (the claim of GDPO, 2510.08554)."""
+    chain = Chain(16, 128, 3.0, 0)
     stream = generator("answers")
     errors: dict[str, list[float]] = {"sdmc 3": [], "double_mc 4": [], "stratified 4": []}
     for _ in range(25):
@@ -363,9 +363,9 @@ def test_three_nodes_are_worth_far_more_than_four_random_times() -> None:
         truth = chain.log_prob(y)
         for _ in range(10):
             drawn = {
-                "sdmc 3": sdmc_masks(64, "gauss-3", 1, True, stream),
-                "double_mc 4": double_mc_masks(64, 4, "count", False, stream),
-                "stratified 4": double_mc_masks(64, 4, "count", True, stream),
+                "sdmc 3": sdmc_masks(128, "gauss-3", 1, True, stream),
+                "double_mc 4": double_mc_masks(128, 4, "count", False, stream),
+                "stratified 4": double_mc_masks(128, 4, "count", True, stream),
             }
             for name, masks in drawn.items():
                 errors[name].append(chain.estimate(y, masks) - truth)
