@@ -1,4 +1,4 @@
-"""4 x 4 Sudoku as the claim checks need it: the response is the blanks alone, and a small network that sees the grid."""
+"""4 x 4 Sudoku for claim checks: the response is the blanks alone, and a small network sees the whole grid."""
 
 from __future__ import annotations
 
@@ -62,6 +62,7 @@ class GridDenoiser(MaskedDenoiser):
             end_ids=(ids[END],),
             forbidden_ids=tuple(ids.values()),
             context_length=CELLS + blanks,
+            feature_dim=dim,
         )
         config = TransformerConfig(dim=dim, layers=layers, heads=4, hidden=2 * dim, context_length=CELLS)
         self.embedding = nn.Embedding(len(self.tokenizer), dim)
@@ -83,7 +84,7 @@ class GridDenoiser(MaskedDenoiser):
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.05, generator=generator)
 
-    def features(self, ids: Tensor, valid: Tensor) -> Tensor:
+    def features(self, ids: Tensor, valid: Tensor, t: Tensor | None = None) -> Tensor:
         puzzle, response = ids[:, :CELLS], ids[:, CELLS:]
         empty = puzzle == self.empty_id
         cells = puzzle.masked_scatter(empty, response)
@@ -98,8 +99,8 @@ class GridDenoiser(MaskedDenoiser):
 
     def save_pretrained(self, folder: str | Path) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        state = {name: value.contiguous() for name, value in self.state_dict().items()}
-        save_file(state, Path(folder) / "model.safetensors")
+        save_file(self.own_state(), Path(folder) / "model.safetensors")
+        self.save_unmask(Path(folder))
 
     def load(self, folder: Path) -> GridDenoiser:
         load_weights(self, folder / "model.safetensors")
