@@ -11,11 +11,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from unveil.denoisers.tokenizer import TextTokenizer
+from unveil.processes.masked import MaskedProcess
+from unveil.processes.score_entropy import Noise, ScoreEntropyProcess
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,18 @@ class DenoiserSpec:
     logit_shift: int = 0
     """1 for networks whose head at position i predicts position i + 1; already undone by `features`."""
     time_conditioned: bool = False
+    """True if `features` must be told the time of every canvas."""
+    prediction: Literal["logits", "log_score"] = "logits"
+    """What the head gives: logits of x_0, or log-scores log p_t(x with y)/p_t(x) (SEDD). The softmax of either is the
+    distribution of x_0; the sum of scores also says how soon a token appears."""
+    noise: Noise | None = None
+    """The noise schedule that log-scores belong to."""
+
+    def process(self) -> MaskedProcess | ScoreEntropyProcess:
+        """The process whose reverse step takes this network's predictions."""
+        if self.noise is None:
+            return MaskedProcess(mask_id=self.mask_id)
+        return ScoreEntropyProcess(mask_id=self.mask_id, noise=self.noise)
 
 
 class MaskedDenoiser(nn.Module):
@@ -43,25 +58,26 @@ class MaskedDenoiser(nn.Module):
     tokenizer: TextTokenizer
 
     @abstractmethod
-    def features(self, ids: Tensor, valid: Tensor) -> Tensor:
+    def features(self, ids: Tensor, valid: Tensor, t: Tensor | None = None) -> Tensor:
         """Aligned features (B, L, D) of the canvas ``ids`` (B, L); padding where ``valid`` (B, L) is False.
 
+        ``t`` (B,) is the time of each canvas, from 1 (all masked) to 0; networks without time input ignore it.
         Padding never changes the features of valid positions: a padded batch equals single calls to 1e-5.
         """
 
     @abstractmethod
     def head(self, features: Tensor) -> Tensor:
-        """Logits (..., V) of features (..., D), with -inf at the forbidden ids."""
+        """The prediction (..., V), see `DenoiserSpec.prediction`, of features (..., D); -inf at the forbidden ids."""
 
     @abstractmethod
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, model.safetensors and tokenizer.json."""
 
-    def forward(self, ids: Tensor, valid: Tensor | None = None) -> Tensor:
+    def forward(self, ids: Tensor, valid: Tensor | None = None, t: Tensor | None = None) -> Tensor:
         """Logits (B, L, V) at every position. For tests and small models: it holds the whole vocabulary."""
         if valid is None:
             valid = torch.ones_like(ids, dtype=torch.bool)
-        return self.head(self.features(ids, valid))
+        return self.head(self.features(ids, valid, t))
 
     @property
     def device(self) -> torch.device:

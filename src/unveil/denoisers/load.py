@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from unveil.denoisers.base import MaskedDenoiser
-from unveil.denoisers.transformer import MODEL_TYPE, TransformerDenoiser, read_config
+from unveil.denoisers.score import ScoreDenoiser
+from unveil.denoisers.transformer import TransformerDenoiser, read_config
 from unveil.registry import UserError, did_you_mean
 
+KINDS = {kind.model_type: kind for kind in (TransformerDenoiser, ScoreDenoiser)}
 EMBEDDED = Path(__file__).parent.parent / "models"
 """The small base models that ship inside the package, one folder each."""
 
@@ -41,6 +43,7 @@ def load_denoiser(name_or_path: str | Path) -> MaskedDenoiser:
     """
     folder = model_folder(name_or_path)
     model_type = read_config(folder).get("model_type")
-    if model_type != MODEL_TYPE:
-        raise UserError(f"{folder / 'config.json'}: model_type {model_type!r} cannot be opened (allowed: {MODEL_TYPE})")
-    return TransformerDenoiser.from_pretrained(folder).eval()
+    if model_type not in KINDS:
+        allowed = ", ".join(KINDS)
+        raise UserError(f"{folder / 'config.json'}: model_type {model_type!r} cannot be opened (allowed: {allowed})")
+    return KINDS[model_type].from_pretrained(folder).eval()
