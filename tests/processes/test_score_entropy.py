@@ -19,8 +19,8 @@ NOISES = [LogLinear(eps=1e-3), LogLinear(eps=0.1), Geometric(low=1e-2, high=6.0)
 METHODS: list[Method] = ["tweedie", "euler"]
 
 
-def process(noise: Noise = NOISES[0], floor: float = 1e-6) -> ScoreEntropyProcess:
-    return ScoreEntropyProcess(mask_id=MASK, noise=noise, floor=floor)
+def process(noise: Noise = NOISES[0], method: Method = "tweedie", floor: float = 1e-6) -> ScoreEntropyProcess:
+    return ScoreEntropyProcess(mask_id=MASK, noise=noise, method=method, floor=floor)
 
 
 def random_rows(n: int, seed: int = 0, spread: float = 1.5) -> Tensor:
@@ -140,7 +140,7 @@ def test_a_calibrated_score_steps_like_the_masked_process(t: float, s: float, me
     rows = random_rows(6)
     x_t = torch.tensor([MASK, MASK, 0, MASK, 2, MASK])
     times = full(6, t), full(6, s)
-    ours = process().step(calibrated(rows, times[0]), x_t, *times, method=method).probs()
+    ours = process(method=method).step(calibrated(rows, times[0]), x_t, *times).probs()
     torch.testing.assert_close(ours, MaskedProcess(mask_id=MASK).step(rows, x_t, *times).probs(), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(ours.sum(-1), full(6, 1.0))
 
@@ -155,7 +155,8 @@ def generator_matrix() -> Tensor:
 
 @pytest.mark.parametrize("noise", NOISES)
 def test_steps_are_the_matrix_formulas_for_any_score(noise: Noise) -> None:
-    """Tweedie: p(z) = (e^-dQ s)_z (e^dQ)_{mask, z}, d = sigma_t - sigma_s. Euler: one-hot + dt sigma' Q_{mask,z} s_z."""
+    """Tweedie: p(z) = (e^-dQ s)_z (e^dQ)_{mask, z}, d = sigma_t - sigma_s. Euler: one-hot + dt sigma' Q_{mask, z} s_z.
+    """
     q, (t, s) = generator_matrix(), (0.6, 0.5)
     now, then = (torch.tensor(time, dtype=torch.float64) for time in (t, s))
     shift = noise.sigma(now) - noise.sigma(then)
@@ -170,7 +171,7 @@ def test_steps_are_the_matrix_formulas_for_any_score(noise: Noise) -> None:
     x_t = torch.full((8,), MASK)
     for method, written in (("tweedie", tweedie), ("euler", euler)):
         assert (written > 0).all()
-        ours = process(noise).step(log_score, x_t, full(8, t), full(8, s), method=method).probs()  # type: ignore[arg-type]
+        ours = process(noise, method).step(log_score, x_t, full(8, t), full(8, s)).probs()  # type: ignore[arg-type]
         torch.testing.assert_close(ours, written, rtol=1e-9, atol=1e-12)
     same = torch.allclose(tweedie, euler, rtol=1e-9, atol=0)
     assert same == isinstance(noise, LogLinear)
@@ -209,7 +210,7 @@ def test_log_prob_and_its_gradient_are_those_of_the_closed_form(method: Method) 
     target = torch.tensor([0, MASK, 3, 2])
     x_t = torch.tensor([MASK, MASK, MASK, 2])
     log_score = (random_rows(4, 4, spread=0.5) - 1).requires_grad_()
-    own = process(noise).step(log_score, x_t, t, s, method=method).log_prob(target)
+    own = process(noise, method).step(log_score, x_t, t, s).log_prob(target)
     factor = (t - s) * noise.rate(t) if method == "euler" else (noise.sigma(t) - noise.sigma(s)).expm1()
     score = log_score[:, TOKENS].exp()
     stay = (1 - factor * score.sum(-1)).log()

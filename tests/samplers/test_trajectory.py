@@ -33,6 +33,7 @@ def trajectory() -> Trajectory:
         revealed=torch.tensor([[[True, False, False], [False, False, True]], [[True, True, False], [False] * 3]]),
         taken_back=torch.zeros(2, 2, 3, dtype=torch.bool),
         step_map=torch.tensor([[0, -1, 1], [0, 0, -1]]),
+        times=torch.tensor([[[1.0, 0.5], [0.5, 0.0]], [[1.0, 0.5], [0.0, 0.0]]], dtype=torch.float64),
     )
 
 

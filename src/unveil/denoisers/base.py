@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from unveil.denoisers.tokenizer import TextTokenizer
 from unveil.processes.masked import MaskedProcess
-from unveil.processes.score_entropy import Noise, ScoreEntropyProcess
+from unveil.processes.score_entropy import Method, Noise, ScoreEntropyProcess
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +44,11 @@ class DenoiserSpec:
     noise: Noise | None = None
     """The noise schedule that log-scores belong to."""
 
-    def process(self) -> MaskedProcess | ScoreEntropyProcess:
-        """The process whose reverse step takes this network's predictions."""
+    def process(self, method: Method = "tweedie") -> MaskedProcess | ScoreEntropyProcess:
+        """The process whose reverse step takes this network's predictions; ``method`` is for scores alone."""
         if self.noise is None:
             return MaskedProcess(mask_id=self.mask_id)
-        return ScoreEntropyProcess(mask_id=self.mask_id, noise=self.noise)
+        return ScoreEntropyProcess(mask_id=self.mask_id, noise=self.noise, method=method)
 
 
 class MaskedDenoiser(nn.Module):

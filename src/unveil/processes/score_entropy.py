@@ -80,6 +80,8 @@ class ScoreEntropyProcess:
     """The token id that stands for "masked"; its log-score is ignored."""
     noise: Noise = field(default_factory=LogLinear)
     """How much is masked at which time."""
+    method: Method = "tweedie"
+    """How the reverse rates are integrated over a step."""
     floor: float = 1e-6
     """Probability of staying masked that no step goes below (the last one, to s = 0, does): a score whose sum is too
     large would otherwise make it 0 or negative, and the log-probability of a recorded stay infinite."""
@@ -112,13 +114,7 @@ class ScoreEntropyProcess:
         return weight.float() * entropy
 
     def step(
-        self,
-        log_score: Tensor,
-        x_t: Tensor,
-        t: Tensor,
-        s: Tensor,
-        temperature: float = 1.0,
-        method: Method = "tweedie",
+        self, log_score: Tensor, x_t: Tensor, t: Tensor, s: Tensor, temperature: float = 1.0
     ) -> MaskedTransition:
         """The reverse transition from t to s < t, given ``log_score (B, ..., V)`` at ``x_t (B, ...)``.
 
@@ -129,7 +125,6 @@ class ScoreEntropyProcess:
         Args:
             t, s: times (B,), 0 <= s < t <= 1.
             temperature: of the revealed tokens; when they appear does not depend on it.
-            method: how the reverse rates are integrated over the step.
 
         Raises:
             ValueError: the times are not ordered so, or the temperature is negative.
@@ -137,7 +132,7 @@ class ScoreEntropyProcess:
         masked = x_t == self.mask_id
         t, s = masked_times(masked, t, s)
         rows = unmasked_logits(log_score, masked, self.mask_id)
-        if method == "euler":
+        if self.method == "euler":
             factor = (t - s) * self.noise.rate(t)
         else:
             factor = torch.expm1(self.noise.sigma(t) - self.noise.sigma(s))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unveil.registry import UserError, did_you_mean
 
-OPTIONAL = ("states", "guesses", "confidence", "log_prob", "revealed", "taken_back", "step_map")
+OPTIONAL = ("states", "guesses", "confidence", "log_prob", "revealed", "taken_back", "step_map", "times")
 """Fields that a reader must ask for: ``sample(..., needs={"guesses", "confidence"})``."""
 
 
@@ -41,6 +41,7 @@ class Trajectory:
         taken_back: (B, S, R) True where step s turned a token into a hole.
         step_map: (B, R) the step at which each token came, -1 where it was given; the chain's number of steps where
             ``stop_at_end`` filled up the rest. Only exact for rules that never take back; then it replaces ``states``.
+        times: (B, S, 2) float64, the time before and after step s; 0 where the chain was done.
     """
 
     prompt_ids: Tensor
@@ -56,6 +57,7 @@ class Trajectory:
     revealed: Tensor | None = None
     taken_back: Tensor | None = None
     step_map: Tensor | None = None
+    times: Tensor | None = None
 
     def __len__(self) -> int:
         return self.response_ids.shape[0]
