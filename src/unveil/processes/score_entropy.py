@@ -95,23 +95,24 @@ class ScoreEntropyProcess:
         """log r = -log(exp(sigma(t)) - 1), the logarithm of the true score's sum at times t, float64."""
         return -torch.expm1(self.noise.sigma(t)).log()
 
-    def loss(self, log_score: Tensor, x_0: Tensor, t: Tensor) -> Tensor:
-        """Score entropy times sigma' of N masked positions, (N,) float32; its sum estimates the NELBO from above.
+    def elbo_weight(self, t: Tensor) -> Tensor:
+        """sigma' r (B,) float32, the weight of a canvas from `corrupt`: 1/t under log-linear noise."""
+        return (self.noise.rate(t) * self.score_scale(t).exp()).float()
 
-        With t ~ U(0, 1) and a canvas from `corrupt`, E[sum over masked positions] is the NELBO in nats for the whole
-        sequence, plus w (S - 1 - log S) for a score whose sum is off by the factor S.
+    def loss(self, log_score: Tensor, x_0: Tensor, t: Tensor) -> Tensor:
+        """Score entropy of N masked positions in units of r, (N,) float32: -log mu_{x_0} + (S - 1 - log S), S = sum/r.
+
+        `elbo_weight` times this is sigma' times the score entropy. With t ~ U(0, 1) its sum over the masked positions
+        estimates the NELBO in nats for the whole sequence, from above where S is not 1.
 
         Args:
             log_score: (N, V), -inf at tokens that cannot be.
             x_0: (N,) the true tokens.
             t: (N,) the time of each position's canvas.
         """
-        log_r = self.score_scale(t)
-        weight = self.noise.rate(t) * log_r.exp()
-        rows = log_score.float() - log_r.float()[:, None]
+        rows = log_score.float() - self.score_scale(t).float()[:, None]
         rows[:, self.mask_id] = -torch.inf
-        entropy = rows.exp().sum(-1) - rows.gather(-1, x_0[:, None])[:, 0] - 1
-        return weight.float() * entropy
+        return rows.exp().sum(-1) - rows.gather(-1, x_0[:, None])[:, 0] - 1
 
     def step(
         self, log_score: Tensor, x_t: Tensor, t: Tensor, s: Tensor, temperature: float = 1.0

@@ -127,7 +127,7 @@ class _Chains:
             forwards=self.forwards,
             mask_id=self.mask_id,
             step_map=self.step_map.cpu() if "step_map" in self.needs else None,
-            **recorded,  # type: ignore[arg-type]
+            **recorded,
         )
 
     def _step(self, step: int, t: float, s: float, holes: Tensor) -> None:
