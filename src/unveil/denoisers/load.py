@@ -7,6 +7,7 @@ from pathlib import Path
 from unveil.denoisers.base import MaskedDenoiser
 from unveil.denoisers.score import ScoreDenoiser
 from unveil.denoisers.transformer import TransformerDenoiser, read_config
+from unveil.denoisers.unmask import FILE
 from unveil.registry import UserError, did_you_mean
 
 KINDS = {kind.model_type: kind for kind in (TransformerDenoiser, ScoreDenoiser)}
@@ -36,7 +37,7 @@ def model_folder(name_or_path: str | Path) -> Path:
 
 
 def load_denoiser(name_or_path: str | Path) -> MaskedDenoiser:
-    """Open a denoiser in evaluation mode.
+    """Open a denoiser in evaluation mode, with the unmasking policy that lies beside it, if there is one.
 
     Raises:
         UserError: there is no such model, its files are broken, or its type is not known.
@@ -46,4 +47,7 @@ def load_denoiser(name_or_path: str | Path) -> MaskedDenoiser:
     if model_type not in KINDS:
         allowed = ", ".join(KINDS)
         raise UserError(f"{folder / 'config.json'}: model_type {model_type!r} cannot be opened (allowed: {allowed})")
-    return KINDS[model_type].from_pretrained(folder).eval()
+    denoiser: MaskedDenoiser = KINDS[model_type].from_pretrained(folder)
+    if (folder / FILE).is_file():
+        denoiser.load_unmask(folder / FILE)
+    return denoiser.eval()
