@@ -14,7 +14,9 @@ from unveil.denoisers.base import DenoiserSpec, MaskedDenoiser
 from unveil.denoisers.score import ScoreConfig, ScoreDenoiser
 from unveil.denoisers.tokenizer import TextTokenizer
 from unveil.processes.score_entropy import Geometric, LogLinear, Noise, ScoreEntropyProcess
+from unveil.registry import UserError
 from unveil.samplers.canvas import Canvas
+from unveil.samplers.masked import MaskedSampler
 from unveil.samplers.reverse import ReverseSampler
 
 V, L, MASK = 3, 2, 3
@@ -125,7 +127,7 @@ def score_network() -> ScoreDenoiser:
     return net.eval()
 
 
-NEEDS = {"states", "guesses", "confidence", "log_prob", "revealed", "taken_back", "step_map", "times"}
+NEEDS = {"states", "guesses", "confidence", "entropy", "log_prob", "revealed", "taken_back", "step_map", "times"}
 
 
 @pytest.mark.parametrize("kind", ["masked", "score"])
@@ -137,13 +139,14 @@ def test_records_tell_what_happened_and_a_batch_equals_its_rows(kind: str) -> No
     rows.response[1, 1], rows.frozen[1, 1] = 5, True
     together = sampler.sample(net, rows, range(4), needs=NEEDS)
     split = sampler.sample(net, rows, range(4), needs=NEEDS, batch_size=1)
-    for name in (*sorted(NEEDS), "response_ids", "active"):
+    for name in (*sorted(NEEDS), "response_ids", "active", "given"):
         torch.testing.assert_close(getattr(together, name), getattr(split, name), atol=1e-5, rtol=1e-5)
     assert together.forwards == split.forwards <= int(together.active.sum())
 
     t = together
     assert t.states is not None and t.guesses is not None and t.revealed is not None and t.times is not None
     assert t.step_map is not None and t.log_prob is not None and t.confidence is not None and t.taken_back is not None
+    assert t.entropy is not None and (t.planned == 5).all()
     assert not (t.response_ids == t.mask_id).any() and not t.taken_back.any()
     assert int(t.response_ids[1, 1]) == 5 and int(t.step_map[1, 1]) == -1
     grid = sampler.times()
@@ -155,7 +158,8 @@ def test_records_tell_what_happened_and_a_batch_equals_its_rows(kind: str) -> No
         following = t.states[row, step + 1] if step + 1 < t.steps else t.response_ids[row]
         assert torch.equal(after, following)
         assert torch.equal(t.revealed[row, step], t.step_map[row] == step)
-        assert (t.guesses[row, step][holes] != t.mask_id).all() and ((t.confidence[row, step] > 0) == holes).all()
+        assert (t.guesses[row, step][holes] != t.mask_id).all()
+        assert ((t.confidence[row, step] > 0) == holes).all() and ((t.entropy[row, step] > 0) == holes).all()
         if not holes.any():
             assert not t.times[row, step].any() and not t.log_prob[row, step].any()
             continue
@@ -217,6 +221,15 @@ def test_temperature_zero_reveals_the_likeliest_tokens_at_random_times() -> None
         first = net.table[START].argmax(-1)
         assert int(row[0]) == int(first[0]) or int(row[1]) == int(first[1])
     assert torch.isfinite(drawn.log_prob).all()  # type: ignore[arg-type]
+
+
+def test_what_it_has_no_notion_of_is_refused() -> None:
+    net = tiny_denoiser()
+    for name in ("block", "order", "order_log_prob"):
+        with pytest.raises(UserError, match=f"{name}.*needs a sampler with blocks"):
+            ReverseSampler(steps=3).sample(net, Canvas.of([[4]], 2, net.spec), [0], needs={name})
+    with pytest.raises(UserError, match="'masked' cannot time a network of scores"):
+        MaskedSampler(steps=2).check_denoiser(score_network())
 
 
 def test_a_full_canvas_takes_no_step() -> None:

@@ -49,7 +49,9 @@ class ScoreDenoiser(TransformerDenoiser):
         super().__init__(config, tokenizer)
         noise = LogLinear(eps=config.noise_eps)
         self.process = ScoreEntropyProcess(mask_id=self.spec.mask_id, noise=noise)
-        self.spec = dataclasses.replace(self.spec, time_conditioned=True, prediction="log_score", noise=noise)
+        self.spec = dataclasses.replace(
+            self.spec, time_conditioned=True, prediction="log_score", noise=noise, feature_dim=config.dim + 1
+        )
         self.time_in = nn.Linear(2 * FREQUENCIES, config.dim, bias=False)
         self.time_out = nn.Linear(config.dim, config.dim, bias=False)
         self.share = math.log(self.spec.vocab_size - len(self.spec.forbidden_ids))

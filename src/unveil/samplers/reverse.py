@@ -18,13 +18,14 @@ from torch import Tensor
 from unveil.denoisers.base import MaskedDenoiser
 from unveil.processes.masked import MaskedTransition
 from unveil.processes.score_entropy import Method
+from unveil.samplers.base import Sampler
 from unveil.samplers.canvas import Canvas
 from unveil.samplers.tokens import confidence, sample_categorical
 from unveil.samplers.trajectory import Trajectory, check_needs, concatenate
 
 
 @dataclass(kw_only=True)
-class ReverseSampler:
+class ReverseSampler(Sampler, name="reverse"):
     """How samples are drawn by simulating the reverse process."""
 
     steps: Annotated[int, Field(ge=1)]
@@ -42,8 +43,9 @@ class ReverseSampler:
     """Keep the output of a row in which nothing changed, if the network is not told the time (MDLM's cached sampler).
     """
 
-    def check_fits(self, response_length: int) -> None:
-        """Any number of steps fits any response."""
+    def refused_fields(self) -> dict[str, str]:
+        """Trajectory fields that this sampler cannot record, and why."""
+        return dict.fromkeys(("block", "order", "order_log_prob"), "needs a sampler with blocks and rules ('masked')")
 
     @torch.no_grad()
     def sample(
@@ -56,11 +58,11 @@ class ReverseSampler:
         batch_size: int | None = None,
         on_batch: Callable[[int], None] | None = None,
     ) -> Trajectory:
-        """Denoise every row of the canvas; arguments and errors as for `MaskedSampler.sample`.
+        """Denoise every row of the canvas, see `Sampler.sample`.
 
         The field ``log_prob`` is that of what a hole really did, staying masked included.
         """
-        wanted = check_needs(needs, never_takes_back=True)
+        wanted = check_needs(needs, self.refused_fields())
         if len(seeds) != len(canvas):
             raise ValueError(f"{len(canvas)} rows need as many seeds, got {len(seeds)}")
         size = batch_size or len(canvas)
@@ -124,6 +126,8 @@ class _Chains:
             response_ids=self.response.cpu().clone(),
             valid=self.canvas.valid.cpu(),
             active=active.cpu(),
+            given=((self.canvas.response != self.mask_id) | ~self.canvas.response_valid).cpu(),
+            planned=torch.full((len(self.ids),), self.sampler.steps + (self.sampler.clean_up == "sample")),
             forwards=self.forwards,
             mask_id=self.mask_id,
             step_map=self.step_map.cpu() if "step_map" in self.needs else None,
@@ -148,7 +152,7 @@ class _Chains:
         self.step_map = torch.where(filled, step, self.step_map)
         if not by_argmax:
             self.active.append(live)
-            self._record(t, s, holes, live, transition, drawn, u_token, filled)
+            self._record(t, s, holes, live, logits, transition, drawn, u_token, filled)
         self.stale = filled.any(1)
         self.response.copy_(updated)
 
@@ -174,6 +178,7 @@ class _Chains:
         s: float,
         holes: Tensor,
         live: Tensor,
+        logits: Tensor,
         transition: MaskedTransition,
         drawn: Tensor,
         u_token: Tensor,
@@ -189,6 +194,7 @@ class _Chains:
             "states": self.response.clone,
             "guesses": lambda: self.response.masked_scatter(holes, guess),
             "confidence": lambda: nothing.masked_scatter(holes, confidence(transition.logits, guess, "probability")),
+            "entropy": lambda: nothing.masked_scatter(holes, -confidence(logits, guess, "entropy")),
             "log_prob": lambda: nothing.masked_scatter(holes, transition.log_prob(drawn)),
             "revealed": lambda: filled,
             "taken_back": lambda: torch.zeros_like(filled),
