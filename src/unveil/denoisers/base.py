@@ -9,14 +9,18 @@ positions that they read.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from unveil.denoisers.tokenizer import TextTokenizer
-from unveil.denoisers.unmask import FILE, UnmaskNetwork, load_unmask, save_unmask
+from unveil.denoisers.unmask import FILE, UnmaskNetwork, load_unmask, read_unmask_header, save_unmask
+from unveil.processes.masked import MaskedProcess
+from unveil.processes.score_entropy import Method, Noise, ScoreEntropyProcess
 
 _UNMASK = "unmask_module"
 
@@ -37,9 +41,20 @@ class DenoiserSpec:
     logit_shift: int = 0
     """1 for networks whose head at position i predicts position i + 1; already undone by `features`."""
     time_conditioned: bool = False
-    """True if `features` needs the time of every canvas."""
+    """True if `features` must be told the time of every canvas."""
+    prediction: Literal["logits", "log_score"] = "logits"
+    """What the head gives: logits of x_0, or log-scores log p_t(x with y)/p_t(x) (SEDD). The softmax of either is the
+    distribution of x_0; the sum of scores also says how soon a token appears."""
+    noise: Noise | None = None
+    """The noise schedule that log-scores belong to."""
     feature_dim: int = 0
     """D of `features`; 0 where nothing but the head may read them."""
+
+    def process(self, method: Method = "tweedie") -> MaskedProcess | ScoreEntropyProcess:
+        """The process whose reverse step takes this network's predictions; ``method`` is for scores alone."""
+        if self.noise is None:
+            return MaskedProcess(mask_id=self.mask_id)
+        return ScoreEntropyProcess(mask_id=self.mask_id, noise=self.noise, method=method)
 
 
 class MaskedDenoiser(nn.Module):
@@ -49,6 +64,8 @@ class MaskedDenoiser(nn.Module):
     tokenizer: TextTokenizer
     unmask_network: UnmaskNetwork | None = None
     """The shape of the learned unmasking rule that the denoiser carries, if any; see `attach`."""
+    unmask_action: Mapping[str, Any] | None = None
+    """Recipe data of the action that the rule was trained with; it is saved with it."""
 
     @abstractmethod
     def features(self, ids: Tensor, valid: Tensor, t: Tensor | None = None) -> Tensor:
@@ -60,7 +77,7 @@ class MaskedDenoiser(nn.Module):
 
     @abstractmethod
     def head(self, features: Tensor) -> Tensor:
-        """Logits (..., V) of features (..., D), with -inf at the forbidden ids."""
+        """The prediction (..., V), see `DenoiserSpec.prediction`, of features (..., D); -inf at the forbidden ids."""
 
     @abstractmethod
     def save_pretrained(self, folder: str | Path) -> None:
@@ -89,7 +106,7 @@ class MaskedDenoiser(nn.Module):
     def save_unmask(self, folder: Path) -> None:
         """Write FOLDER/unmask.safetensors, if the denoiser carries a learned unmasking rule."""
         if self.unmask is not None and self.unmask_network is not None:
-            save_unmask(self.unmask_network, self.unmask, folder / FILE)
+            save_unmask(self.unmask_network, self.unmask, folder / FILE, self.unmask_action)
 
     def load_unmask(self, path: Path) -> None:
         """Attach the network of a file written by `save_unmask`.
@@ -98,6 +115,7 @@ class MaskedDenoiser(nn.Module):
             UserError: the file is no unmasking policy, or does not fit this model.
         """
         self.attach(*load_unmask(path, self.spec.feature_dim))
+        self.unmask_action = read_unmask_header(path)["action"]
 
     def own_state(self) -> dict[str, Tensor]:
         """The weights of the denoiser itself, without a learned unmasking rule."""
