@@ -166,6 +166,10 @@ class Likelihood(Plugin, family="likelihood"):
             raise UserError(
                 f"policy.likelihood: {self.name!r} scores tokens drawn by the sampler 'masked', not {sampler.name!r}"
             )
+        if not sampler.exact:
+            raise UserError("policy.rollout.sampler.solver: draws from more than one output; nothing can score that")
+        if denoiser.spec.time_conditioned:
+            raise UserError(f"policy.likelihood: {self.name!r} tells the network no time, but it is time-conditioned")
 
     def views(
         self, trajectory: Trajectory, chosen: Tensor, seeds: Sequence[int], spec: DenoiserSpec, inner: Inner = FIRST

@@ -102,6 +102,24 @@ def stratified_times(batch: int, *, generator: torch.Generator, low: float = 1e-
     return (low + (1 - low) * (order + u) / batch).float()
 
 
+def hitting_times(u: Tensor, holes: Tensor, start: float | Tensor = 1.0) -> Tensor:
+    """When the reverse process reveals its next tokens, in closed form (arXiv 2409.02908, Algorithm 1); (B, W) float64.
+
+    Column j is tau_{n-j-1} = tau_{n-j} u^(1/(n-j)), the time at which the (j+1)-th of n tokens is revealed: the largest
+    of n - j uniforms below the time before. No prediction of the network enters. For a schedule other than
+    alpha_t = 1 - t these are the values of 1 - alpha; its inverse gives the times.
+
+    Args:
+        u: (B, W) float64 uniforms in [0, 1).
+        holes: (B,) n, the masked positions of each row; columns from n on are 0.
+        start: the time (B,) or one for all at which a row has its n holes.
+    """
+    _check_uniform(u)
+    left = holes[:, None] - torch.arange(u.shape[1], device=u.device)
+    shrink = torch.where(left > 0, u ** (1 / left.clamp(min=1)), 0.0)
+    return shrink.cumprod(1) * torch.as_tensor(start, dtype=torch.float64, device=u.device).reshape(-1, 1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class MaskedProcess:
     """The masked process over a vocabulary that contains ``mask_id`` as its absorbing state."""
