@@ -30,6 +30,7 @@ import torch
 from unveil.claims.slots import SlotDenoiser
 from unveil.learning.objectives import Kl
 from unveil.learning.selectors import AllSteps, TopAdvantage
+from unveil.samplers.base import Sampler
 from unveil.samplers.masked import MaskedSampler
 from unveil.samplers.rules import LowConfidence, RunningConfidence
 from unveil.seeds import generator
@@ -178,7 +179,7 @@ def _policy(out: Path, seed: int, method: str, lr: float, updates: int) -> Measu
     trainer = _trainer(denoiser, lr=lr, updates=batches, folder=folder, every=max(1, batches // 20))
     folder.mkdir(parents=True, exist_ok=True)
     log = RunLog(folder, LogConfig(tensorboard=False))
-    decoders = {"lcr": MaskedSampler(steps=STEPS)}
+    decoders: dict[str, Sampler] = {"lcr": MaskedSampler(steps=STEPS)}
     job = PolicyJob(trainer, policy, PolicyEval(problems=HELD_OUT, decoders=decoders, shown=0), log, seed=seed)
 
     def measure(update: int) -> None:
