@@ -59,7 +59,8 @@ class UnmaskInputs:
 
     def _each(self, change: Any) -> UnmaskInputs:
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return UnmaskInputs(**{name: None if value is None else change(value) for name, value in values.items()})
+        changed = {name: None if value is None else change(value) for name, value in values.items()}
+        return UnmaskInputs(**changed)  # type: ignore[arg-type]
 
 
 class UnmaskNetwork(Plugin, family="unmask_network"):

@@ -122,7 +122,8 @@ class Views:
         part = slice(start, end)
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         cut = {name: value[part] for name, value in values.items() if isinstance(value, Tensor)}
-        return dataclasses.replace(self, **cut, order=None if self.order is None else self.order.slice(part))
+        order = None if self.order is None else self.order.slice(part)
+        return dataclasses.replace(self, **cut, order=order)  # type: ignore[arg-type]
 
 
 @dataclass(kw_only=True)

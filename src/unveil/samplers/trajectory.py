@@ -120,7 +120,7 @@ class Trajectory:
     def rows(self, index: Tensor) -> Trajectory:
         """The chains ``index`` (N,). ``forwards`` stays that of the whole batch."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Trajectory(**{n: v[index] if isinstance(v, Tensor) else v for n, v in values.items()})
+        return Trajectory(**{n: v[index] if isinstance(v, Tensor) else v for n, v in values.items()})  # type: ignore[arg-type]
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file."""
