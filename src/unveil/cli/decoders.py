@@ -15,11 +15,16 @@ if TYPE_CHECKING:
 def plugin(text: str, option: str) -> dict[str, Any]:
     """Recipe data of ``NAME`` or ``NAME:field=value,field=value``; the name may be ``package.module:Class``.
 
+    ``policy:PATH`` is short for ``policy:path=PATH``.
+
     Raises:
         UserError: the fields are malformed.
     """
     from unveil.overrides import merge
 
+    short = re.fullmatch(r"policy:([^=]+)", text)
+    if short:
+        return {"name": "policy", "path": short[1]}
     name, colon, fields = text.rpartition(":")
     if not colon or "=" not in fields:
         return {"name": text}
