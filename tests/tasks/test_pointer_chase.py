@@ -8,18 +8,17 @@ from hypothesis import strategies as st
 
 from unveil.registry import UserError, lookup
 from unveil.tasks.base import Problem, Task
-from unveil.tasks.pointer_chase import PointerChase, follow, words
+from unveil.tasks.pointer_chase import PointerChase, follow
 
-CHASE = Problem(id="p", prompt="0>3 1>0 2>1 3>3 2", answer={"chain": ["2", "1", "0"]}, solution="2 1 0")
+CHASE = Problem(id="p", prompt="3 0 1 3 2", answer={"chain": ["2", "1", "0"]}, solution="2 1 0")
 
 
 def chase(prompt: str) -> str:
-    """The solution, written anew: entries are looked up by their left side."""
-    *entries, at = prompt.split()
-    table = dict(entry.split(">") for entry in entries)
+    """The solution, written anew."""
+    *table, at = prompt.split()
     chain = [at]
     while at != "0":
-        at = table[at]
+        at = table[int(at)]
         chain.append(at)
     return " ".join(chain)
 
@@ -33,9 +32,8 @@ def test_it_is_a_task_called_pointer_chase() -> None:
 def test_solutions_follow_the_table(values: int, chains: str, split: str, seed: int) -> None:
     task = PointerChase(values=values, chains=chains)  # type: ignore[arg-type]
     for problem in task.problems(split, 1, seed):  # type: ignore[arg-type]
-        *entries, _ = problem.prompt.split()
-        assert [entry.split(">")[0] for entry in entries] == [str(place) for place in range(values)]
-        assert set(problem.prompt.split()) <= set(words(values))
+        given = [int(word) for word in problem.prompt.split()]
+        assert len(given) == values + 1 and set(given) <= set(range(values))
         assert problem.solution == chase(problem.prompt)
         assert problem.answer == {"chain": problem.solution.split()}
         assert len(problem.solution.split()) <= values

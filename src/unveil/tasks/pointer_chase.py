@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import zlib
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -15,7 +16,7 @@ from unveil.tasks.base import Problem, Split, Task, Verdict
 
 @dataclass(kw_only=True)
 class PointerChase(Task, name="pointer_chase"):
-    """Prompt ``0>3 1>0 2>1 3>3 2``, response ``2 1 0``: x, f(x), f(f(x)) ... up to the first 0.
+    """Prompt ``3 0 1 3 2``: f(0) .. f(3) and a start x; response ``2 1 0``: x, f(x), f(f(x)) ... up to the first 0.
 
     A right response repeats the whole chain. Every chain reaches 0. By a stable hash a tenth of the prompts is test.
     """
@@ -36,13 +37,13 @@ class PointerChase(Task, name="pointer_chase"):
         chosen: dict[str, Problem] = {}
         while len(chosen) < count:
             table, start = self._draw(rng)
-            prompt = " ".join([*(f"{place}>{value}" for place, value in enumerate(table)), str(start)])
+            prompt = " ".join(map(str, [*table, start]))
             chain = follow(table, start)
             if chain is None or prompt in chosen or _split(prompt) != split:
                 continue
             words = [str(value) for value in chain]
             chosen[prompt] = Problem(
-                id=f"pointer-chase-{'-'.join(map(str, [*table, start]))}",
+                id=f"pointer-chase-{prompt.replace(' ', '-')}",
                 prompt=prompt,
                 answer={"chain": words},
                 solution=" ".join(words),
@@ -71,7 +72,7 @@ class PointerChase(Task, name="pointer_chase"):
             return table, rng.randrange(self.values)
         length = rng.randint(1, self.values)
         chain = [*rng.sample(range(1, self.values), length - 1), 0]
-        for place, value in zip(chain, chain[1:], strict=False):
+        for place, value in pairwise(chain):
             table[place] = value
         return table, chain[0]
 
@@ -84,12 +85,6 @@ def follow(table: list[int], start: int) -> list[int] | None:
             return None
         chain.append(table[chain[-1]])
     return chain
-
-
-def words(values: int) -> list[str]:
-    """The vocabulary of prompts and responses."""
-    entries = [f"{place}>{value}" for place in range(values) for value in range(values)]
-    return [*map(str, range(values)), *entries]
 
 
 def _split(prompt: str) -> Split:
