@@ -12,6 +12,7 @@ from torch import Tensor
 
 from unveil.denoisers.tokenizer import TextTokenizer
 from unveil.denoisers.transformer import TransformerConfig, TransformerDenoiser
+from unveil.denoisers.unmask import UnmaskInputs, UnmaskNetwork
 from unveil.samplers.masked import MaskedSampler
 from unveil.seeds import generator
 from unveil.systems.diffu_grpo import DiffuGrpo
@@ -22,7 +23,7 @@ from unveil.training.distribution import Ranks
 from unveil.training.log import LogConfig, RunLog
 from unveil.training.lora import Adapter
 from unveil.training.policy_job import PolicyConfig, PolicyEval, PolicyJob, RolloutConfig
-from unveil.training.runs import BaseModel, TrainRecipe
+from unveil.training.runs import BaseModel, TrainRecipe, attach_unmask
 from unveil.training.snapshots import SnapshotConfig
 from unveil.training.trainer import CheckpointConfig, OptimConfig, Trainer
 
@@ -68,6 +69,40 @@ def shifted(net: TransformerDenoiser, seed: int = 1, by: float = 0.1) -> Transfo
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(by * torch.randn(parameter.shape, generator=stream))
+    return net
+
+
+@dataclass(kw_only=True)
+class TinyUnmask(UnmaskNetwork, name="tiny_unmask"):
+    """A linear map of what an unmasking policy is told; with features it reads those as well."""
+
+    features: bool = False
+
+    @property
+    def reads_features(self) -> bool:  # type: ignore[override]
+        return self.features
+
+    def build(self, feature_dim: int) -> torch.nn.Module:
+        return _TinyUnmask(feature_dim if self.features else 0)
+
+
+class _TinyUnmask(torch.nn.Module):
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(4 + features, 1)
+
+    def forward(self, inputs: UnmaskInputs) -> Tensor:
+        progress = (inputs.step / inputs.planned)[:, None].expand_as(inputs.confidence)
+        told = [inputs.masked.float(), inputs.block.float(), inputs.confidence, progress]
+        shown = torch.stack(told, -1)
+        if inputs.features is not None:
+            shown = torch.cat([shown, inputs.features], -1)
+        return self.linear(shown)[..., 0]
+
+
+def with_policy(net: TransformerDenoiser, *, features: bool = False) -> TransformerDenoiser:
+    """The same network, carrying an unmasking policy."""
+    attach_unmask(net, TinyUnmask(features=features), seed=3)
     return net
 
 

@@ -363,7 +363,10 @@ class TokenFilter(Plugin, family="token_filter"):
 
 
 def without(views: Views, keep: Tensor) -> Views:
-    """The views with only the items that ``keep`` (N, C); an order always stays."""
+    """The views with only the tokens that ``keep`` (N, C); an order always stays.
+
+    Without coefficients a dropped token also leaves the length; an estimator's length is that of its answer.
+    """
     scored = views.scored & keep[:, : views.scored.shape[1]]
-    dropped = views.scored.sum(1) - scored.sum(1)
+    dropped = views.scored.sum(1) - scored.sum(1) if views.coefficient is None else 0
     return dataclasses.replace(views, scored=scored, length=views.length - dropped)
