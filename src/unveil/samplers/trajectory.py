@@ -101,6 +101,11 @@ class Trajectory:
         """(B, R) True inside each row's response."""
         return self.valid[:, self.prompt_ids.shape[1] :]
 
+    @property
+    def unfinished(self) -> Tensor:
+        """(B,) True where a chain ended with holes."""
+        return ((self.response_ids == self.mask_id) & self.response_valid).any(1)
+
     def states_at(self, rows: Tensor, steps: Tensor) -> Tensor:
         """The responses (N, R) that chains ``rows`` (N,) showed before steps ``steps`` (N,).
 
