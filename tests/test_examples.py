@@ -18,16 +18,21 @@ import torch
 
 from unveil.cli.main import COMMANDS, parse
 from unveil.cli.recipes import find_recipe
+from unveil.denoisers.unmask import UnmaskNetwork
 from unveil.learning.advantages import Advantage
-from unveil.learning.likelihoods import Likelihood
+from unveil.learning.likelihoods import Likelihood, TokenFilter
 from unveil.learning.objectives import Objective, Weighting
 from unveil.learning.selectors import Selector
 from unveil.recipe import build, load
 from unveil.registry import Plugin, names
+from unveil.samplers.actions import Action
+from unveil.samplers.base import Sampler
 from unveil.samplers.rules import Rule
 from unveil.samplers.schedules import Schedule
+from unveil.samplers.transforms import Transform
 from unveil.tasks.base import Task
 from unveil.training.policy_job import ProblemFilter
+from unveil.training.rollouts import GroupHook, Shaping
 from unveil.training.runs import PretrainRecipe, TrainRecipe
 
 ROOT = Path(__file__).parent.parent
@@ -172,7 +177,11 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "family", [Task, Rule, Schedule, ProblemFilter, Advantage, Selector, Likelihood, Objective, Weighting]
+    "family",
+    [
+        Task, Sampler, Rule, Action, Transform, Schedule, UnmaskNetwork, ProblemFilter, Shaping, GroupHook, Advantage,
+        Selector, Likelihood, TokenFilter, Objective, Weighting,
+    ],
 )
 def test_the_table_of_plug_ins_is_complete(family: type[Plugin]) -> None:
     page = (ROOT / "docs" / "concepts.md").read_text(encoding="utf-8")

@@ -157,6 +157,8 @@ def _chosen(family: type[Plugin], data: Mapping[str, Any], fallback: Any) -> typ
             return type(fallback)
         if family.name:
             return family
+        if family.default is not None:
+            return lookup(family, family.default)
         raise UserError(f"required, but missing (allowed: {', '.join(names(family))})")
     name = data["name"]
     if not isinstance(name, str):

@@ -35,12 +35,16 @@ class Plugin:
 
     family: ClassVar[str] = ""
     name: ClassVar[str] = ""
+    default: ClassVar[str | None] = None
+    """The plug-in that a recipe means where it gives fields and no name; None: a name is required."""
     known: ClassVar[dict[str, type[Plugin]]] = {}
 
-    def __init_subclass__(cls, *, family: str | None = None, name: str | None = None, **kwargs: object) -> None:
+    def __init_subclass__(
+        cls, *, family: str | None = None, name: str | None = None, default: str | None = None, **kwargs: object
+    ) -> None:
         super().__init_subclass__(**kwargs)
         if family is not None:
-            cls.family, cls.known = family, {}
+            cls.family, cls.known, cls.default = family, {}, default
         if name is not None:
             other = cls.known.get(name)
             if other is not None and other.__qualname__ != cls.__qualname__:

@@ -32,6 +32,8 @@ from unveil.samplers.text import response_texts
 from unveil.samplers.trajectory import OPTIONAL, Trajectory
 
 MASK, PAD, END, WORD = 0, 1, 2, 4
+RECORDED = set(OPTIONAL) - MaskedSampler(steps=1).refused_fields().keys()
+"""What every rule that never takes back can record."""
 NEVER_TAKES_BACK: list[Rule] = [
     LowConfidence(),
     Random(),
@@ -259,11 +261,12 @@ def test_a_batch_equals_its_rows(
 ) -> None:
     lengths, local = [12, 5, 8, 9, 4], 2
     seeds = [31, 32, 33, 34, 35]
-    needs = set(OPTIONAL) - ({"step_map"} if rule.takes_back else set())
 
     def sampler(length: int) -> MaskedSampler:
         blocks = -(-length // (block or length))
         return MaskedSampler(steps=local * blocks, block_length=block, rule=rule, temperature=temperature)
+
+    needs = set(OPTIONAL) - sampler(12).refused_fields().keys()
 
     batch = sampler(12).sample(denoiser, Canvas.of(PROMPTS, lengths, denoiser.spec), seeds, needs=needs)
     for row, (prompt, length, seed) in enumerate(zip(PROMPTS, lengths, seeds, strict=True)):
@@ -273,7 +276,7 @@ def test_a_batch_equals_its_rows(
         assert batch.active[row].sum() == steps and batch.active[row, :steps].all()
         for name in needs - {"step_map"}:
             got, wanted = getattr(batch, name)[row, :steps, :length], getattr(alone, name)[0]
-            if name in ("confidence", "log_prob"):
+            if got.is_floating_point():
                 torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
             else:
                 assert torch.equal(got, wanted), name
@@ -288,10 +291,10 @@ def test_the_result_does_not_depend_on_the_batch_size(denoiser: TransformerDenoi
     sampler = MaskedSampler(steps=6, block_length=4, rule=Random(), temperature=1.0)
     canvas = Canvas.of(PROMPTS, [12, 5, 8, 9, 4], denoiser.spec)
     finished: list[int] = []
-    whole = sampler.sample(denoiser, canvas, range(5), needs=OPTIONAL)
-    parts = sampler.sample(denoiser, canvas, range(5), needs=OPTIONAL, batch_size=size, on_batch=finished.append)
+    whole = sampler.sample(denoiser, canvas, range(5), needs=RECORDED)
+    parts = sampler.sample(denoiser, canvas, range(5), needs=RECORDED, batch_size=size, on_batch=finished.append)
     assert finished == [*range(size, 5, size), 5]
-    for name in ("prompt_ids", "response_ids", "valid", "active", *OPTIONAL):
+    for name in ("prompt_ids", "response_ids", "valid", "active", "given", "planned", *RECORDED):
         one, other = getattr(whole, name), getattr(parts, name)
         if one.is_floating_point():
             torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
@@ -327,7 +330,7 @@ def test_steps_reveal_what_the_schedule_says(denoiser: TransformerDenoiser, sche
 @pytest.mark.parametrize("rule", RULES, ids=RULE_IDS)
 def test_records_agree_with_one_another(denoiser: TransformerDenoiser, rule: Rule, temperature: float) -> None:
     sampler = MaskedSampler(steps=6, block_length=4, rule=rule, temperature=temperature)
-    needs = set(OPTIONAL) - ({"step_map"} if rule.takes_back else set())
+    needs = set(OPTIONAL) - sampler.refused_fields().keys()
     canvas = Canvas.of(PROMPTS, [12, 5, 8, 9, 4], denoiser.spec)
     done = sampler.sample(denoiser, canvas, range(5), needs=needs)
     assert done.states is not None and done.guesses is not None and done.log_prob is not None
@@ -413,7 +416,7 @@ def test_infill_keeps_what_was_given(denoiser: TransformerDenoiser, rule: Rule, 
 
 def test_a_canvas_without_holes_costs_nothing(denoiser: TransformerDenoiser) -> None:
     canvas = Canvas.of([[4], [5]], 3, denoiser.spec, initial=[[5, 6, 7], [7, 7, 7]])
-    done = MaskedSampler(steps=3).sample(denoiser, canvas, [1, 2], needs=OPTIONAL)
+    done = MaskedSampler(steps=3).sample(denoiser, canvas, [1, 2], needs=RECORDED)
     assert done.forwards == done.steps == 0
     assert done.response_ids.tolist() == [[5, 6, 7], [7, 7, 7]]
     assert done.states is not None and done.states.shape == (2, 0, 3)

@@ -226,7 +226,7 @@ def test_confidences() -> None:
     expected = [entropy, 0.0, -math.log(3)]
     assert confidence(logits, tokens, "entropy").tolist() == pytest.approx(expected, abs=1e-6)
     assert confidence(logits.bfloat16(), tokens, "entropy").dtype == torch.float32
-    with pytest.raises(ValueError, match="allowed: entropy, margin, probability"):
+    with pytest.raises(ValueError, match="allowed: entropy, margin, peak, probability"):
         confidence(logits, tokens, "random")  # type: ignore[arg-type]
 
 

@@ -24,6 +24,8 @@ def trajectory() -> Trajectory:
         response_ids=torch.tensor([[4, 5, 6], [4, 4, 1]]),
         valid=torch.tensor([[True, True, True, True, True], [False, True, True, True, False]]),
         active=torch.tensor([[True, True], [True, False]]),
+        given=torch.tensor([[False, True, False], [False, False, True]]),
+        planned=torch.tensor([2, 1]),
         forwards=3,
         mask_id=M,
         states=torch.tensor([[[M, 5, M], [4, 5, M]], [[M, M, 1], [4, 4, 1]]]),
@@ -33,6 +35,12 @@ def trajectory() -> Trajectory:
         revealed=torch.tensor([[[True, False, False], [False, False, True]], [[True, True, False], [False] * 3]]),
         taken_back=torch.zeros(2, 2, 3, dtype=torch.bool),
         step_map=torch.tensor([[0, -1, 1], [0, 0, -1]]),
+        entropy=torch.rand(2, 2, 3),
+        block=torch.ones(2, 2, 3, dtype=torch.bool),
+        order=torch.tensor([[[1, 0, 0], [0, 0, 1]], [[2, 1, 0], [0, 0, 0]]]),
+        order_log_prob=-torch.rand(2, 2),
+        times=torch.rand(2, 2),
+        expert_share=torch.tensor([0.0, 0.2]),
     )
 
 
@@ -113,7 +121,8 @@ def test_joined_batches_pad_the_shorter_step_axis_with_the_finished_response() -
     for name in ("active", *OPTIONAL):
         if name != "step_map":
             short[name] = short[name][:, :1]
-    zero = {name: getattr(full, name).clone() for name in ("confidence", "log_prob")}
+    padded = ("confidence", "log_prob", "entropy", "order_log_prob", "times", "block")
+    zero = {name: getattr(full, name).clone() for name in padded}
     for value in zero.values():
         value[1, 1] = 0
     joined = concatenate([Trajectory(**long, forwards=2, mask_id=M), Trajectory(**short, forwards=1, mask_id=M)])
@@ -127,10 +136,26 @@ def test_joining_keeps_absent_fields_absent() -> None:
     assert all(getattr(joined, name) is None for name in OPTIONAL)
 
 
+def test_joining_pads_prompts_and_knows_whose_chain_it_is() -> None:
+    full = trajectory()
+    narrow = replace(full, prompt_ids=full.prompt_ids[:, 1:], valid=full.valid[:, 1:], expert_share=None)
+    joined = concatenate([full, narrow])
+    assert joined.prompt_ids.tolist() == [[7, 8], [1, 9], [0, 8], [0, 9]]
+    assert joined.valid[2].tolist() == [False, True, True, True, True]
+    assert joined.expert_share is not None and joined.expert_share.tolist() == pytest.approx([0.0, 0.2, 0.0, 0.0])
+
+
+def test_rows_of_a_trajectory() -> None:
+    full = trajectory()
+    turned = full.rows(torch.tensor([1, 0, 1]))
+    assert torch.equal(turned.response_ids, full.response_ids[[1, 0, 1]]) and turned.forwards == full.forwards
+    same(turned.rows(torch.tensor([1, 0])), full)
+
+
 def test_fields_are_checked_by_name() -> None:
-    assert check_needs(["states", "states"], never_takes_back=False) == {"states"}
-    assert check_needs(OPTIONAL, never_takes_back=True) == set(OPTIONAL)
+    assert check_needs(["states", "states"], {}) == {"states"}
+    assert check_needs(OPTIONAL, {}) == set(OPTIONAL)
     with pytest.raises(UserError, match="trajectory field 'guess' does not exist, did you mean 'guesses'"):
-        check_needs(["guess"], never_takes_back=True)
-    with pytest.raises(UserError, match="'step_map' is not exact"):
-        check_needs(["step_map"], never_takes_back=False)
+        check_needs(["guess"], {})
+    with pytest.raises(UserError, match="trajectory field 'step_map' is not exact"):
+        check_needs(["step_map"], {"step_map": "is not exact"})

@@ -14,6 +14,7 @@ from unveil.learning.likelihoods import OneStepLikelihood, Views, up_to_end
 from unveil.learning.objectives import Clipped, Kl
 from unveil.samplers.masked import MaskedSampler
 from unveil.samplers.trajectory import Trajectory
+from unveil.training.rollouts import Rollouts
 from unveil.training.trainer import OptimConfig
 
 MU, CLIP, BETA, TAU, MASK, END = 3, 0.05, 0.4, 0.7, 0, 2
@@ -38,17 +39,18 @@ class Spied:
         self.before: list[dict[str, Tensor]] = []
         self.gradients: list[dict[str, Tensor]] = []
         self.losses: list[float] = []
-        roll, make = self.job._rollout, config.likelihood.views
+        roll, make = self.job._roll, config.likelihood.views
 
-        def rollout(rows: Any, update: int) -> Trajectory:
-            self.problems, self.trajectory = rows, roll(rows, update)
-            return self.trajectory
+        def rollout(update: int, problems: Any, group: Tensor) -> Rollouts:
+            rollouts = roll(update, problems, group)
+            self.problems, self.trajectory = problems, rollouts.trajectory
+            return rollouts
 
         def views(*arguments: Any) -> Views:
             self.views.append(make(*arguments))
             return self.views[-1]
 
-        self.job._rollout = rollout  # type: ignore[method-assign]
+        self.job._roll = rollout  # type: ignore[method-assign]
         config.likelihood.views = views  # type: ignore[method-assign]
         self.job.update(0, self.optimise)
 
@@ -143,6 +145,8 @@ def test_prompt_masks_hit_the_asked_share_and_ignore_padding() -> None:
         response_ids=torch.full((count, 3), 4),
         valid=torch.ones(count, words + 5, dtype=torch.bool),
         active=torch.ones(count, 1, dtype=torch.bool),
+        given=torch.zeros(count, 3, dtype=torch.bool),
+        planned=torch.ones(count, dtype=torch.long),
         forwards=0,
         mask_id=MASK,
     )

@@ -22,6 +22,7 @@ from unveil.seeds import generator
 from unveil.systems.mdpo import OverDenoising, StepImprovement, StepWeighting
 from unveil.tasks.base import Problem, Task, Verdict
 from unveil.tasks.evaluate import Judged, judge, sample_problems
+from unveil.training.rollouts import Rollouts
 from unveil.training.trainer import OptimConfig
 
 TAU = 0.7
@@ -106,13 +107,14 @@ class Spy:
         self.before: list[dict[str, Tensor]] = []
         self.gradients: list[dict[str, Tensor]] = []
         self.results: list[dict[str, float]] = []
-        self.job, self.roll = job, job._rollout
-        job._rollout = self.rollout
+        self.job, self.roll = job, job._roll
+        job._roll = self.rollout
 
-    def rollout(self, rows: list[Problem], update: int) -> Trajectory:
-        self.problems.append(rows)
-        self.trajectories.append(self.roll(rows, update))
-        return self.trajectories[-1]
+    def rollout(self, update: int, problems: list[Problem], group: Tensor, **how: Any) -> Rollouts:
+        rollouts = self.roll(update, problems, group, **how)
+        self.problems.append(problems)
+        self.trajectories.append(rollouts.trajectory)
+        return rollouts
 
     def optimise(self, losses: Any) -> dict[str, float]:
         net = self.job.denoiser
@@ -227,11 +229,12 @@ def test_without_confidence_and_length_ratio_a_step_weighs_one_over_rollouts(tmp
     def total(value: float) -> float:
         return 2 * value  # as if a second rank had as many rollouts
 
-    plain = StepWeighting(confidence=False, length_ratio=False).weights(views, trajectory, total)
+    ones = torch.ones(len(views))
+    plain = StepWeighting(confidence=False, length_ratio=False).weights(views, ones, trajectory, total)
     for weight in plain:
         torch.testing.assert_close(weight.sum(1), torch.full((len(views),), 1 / 32), rtol=1e-3, atol=0)
         assert not weight[~views.scored].any()
-    sure, kl = StepWeighting().weights(views, trajectory, total)
+    sure, kl = StepWeighting().weights(views, ones, trajectory, total)
     for number in range(len(views)):
         n = int(views.holes[number])
         confidence = trajectory.log_prob[views.rows[number], views.steps[number]].exp()  # type: ignore[index]
@@ -277,10 +280,10 @@ def test_filter_by_hand() -> None:
 
 
 def test_all_steps_trained_are_all_forwards_counted(tmp_path: Path) -> None:
-    """Sampling, reference and training passes; two inner updates add two for the old log-probabilities."""
+    """Sampling, reference and training passes; two inner updates share the old and the reference pass."""
     config = tiny.policy("mdpo", selector=AllSteps(), inner_updates=2)
     job = tiny.job(tmp_path, config)
     spy = Spy(job)
     job.update(0, spy.optimise)
     steps = int(spy.trajectories[0].active.sum())
-    assert job.trainer.cost.forwards == spy.trajectories[0].forwards + 6 * steps
+    assert job.trainer.cost.forwards == spy.trajectories[0].forwards + 4 * steps

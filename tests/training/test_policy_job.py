@@ -77,11 +77,11 @@ def test_stored_log_probs_match_what_the_sampler_recorded(tmp_path: Path) -> Non
     rows = job._problems(0)
     sampler = config.rollout.sampler
     trajectory = sample_problems(
-        job.denoiser, rows, sampler, response_length=5, seed=0, needs={"states", "guesses", "log_prob"}
+        job.denoiser, rows, sampler, response_length=5, seed=0, needs={"states", "guesses", "log_prob", "revealed"}
     )
     views = config.likelihood.views(trajectory, trajectory.active, [0] * 4, job.denoiser.spec)
     with torch.no_grad():
-        scored, _ = job._score(views)
+        scored = job._score(views).log_prob[views.items]
     recorded = trajectory.log_prob[views.rows, views.steps][views.scored]  # type: ignore[index]
     assert (scored - recorded).abs().max().item() <= 1e-5
 
@@ -112,14 +112,15 @@ def test_all_rollouts_of_an_update_share_one_block_length(tmp_path: Path) -> Non
     seen = set()
     for update in range(12):
         rows = [problem for problem in job._problems(update) for _ in range(4)]
-        trajectory = job._rollout(rows, update)
+        group = torch.arange(len(rows)) // 4
+        trajectory = job._roll(update, rows, group).trajectory
         order = trajectory.revealed.long().argmax(1)  # type: ignore[union-attr]
         left_to_right = (order == torch.arange(4)).all(1)
         # Blocks of one token fix the order; in full diffusion 16 chains never all go left to right here.
         seen.add(bool(left_to_right.all()))
         if not left_to_right.all():
             assert left_to_right.float().mean() < 0.9
-        again = job._rollout(rows, update)
+        again = job._roll(update, rows, group).trajectory
         assert torch.equal(again.response_ids, trajectory.response_ids)
     assert seen == {True, False}
 

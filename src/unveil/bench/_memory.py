@@ -116,7 +116,7 @@ class _HeadOnly(MaskedDenoiser):
         )
         self.weight = nn.Parameter(torch.randn(VOCABULARY, width, generator=stream) * width**-0.5)
 
-    def features(self, ids: Tensor, valid: Tensor) -> Tensor:
+    def features(self, ids: Tensor, valid: Tensor, t: Tensor | None = None) -> Tensor:
         raise NotImplementedError
 
     def head(self, features: Tensor) -> Tensor:

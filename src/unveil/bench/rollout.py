@@ -142,9 +142,9 @@ class _Calls:
     def __enter__(self) -> _Calls:
         original = self.denoiser.features
 
-        def kept(ids: Tensor, valid: Tensor) -> Tensor:
+        def kept(ids: Tensor, valid: Tensor, t: Tensor | None = None) -> Tensor:
             self.inputs.append((ids.clone(), valid.clone()))
-            return original(ids, valid)
+            return original(ids, valid, t)
 
         self.denoiser.features = kept  # type: ignore[method-assign]
         return self

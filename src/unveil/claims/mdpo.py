@@ -16,17 +16,24 @@ random masks until greedy decoding in 4 steps passes 58 % (the task has a phase 
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from unveil.claims.laboratory import (
+    TUNING_SEED,
+    Measured,
+    markdown_table,
+    mean,
+    spread,
+    total_cost,
+    train_policy,
+    train_to,
+    two_processes,
+    verdict,
+)
 from unveil.claims.slots import SlotDenoiser
 from unveil.learning.objectives import Kl
 from unveil.learning.selectors import AllSteps, TopAdvantage
@@ -38,25 +45,17 @@ from unveil.systems.mdpo import Mdpo, StepImprovement
 from unveil.tasks.base import Task
 from unveil.tasks.evaluate import evaluate
 from unveil.tasks.running_sum import RunningSum
-from unveil.training.denoising_job import DenoisingConfig, DenoisingEval, DenoisingJob, MixedTask
-from unveil.training.distribution import Ranks
-from unveil.training.log import LogConfig, RunLog
-from unveil.training.policy_job import PolicyConfig, PolicyEval, PolicyJob, RolloutConfig
-from unveil.training.snapshots import SnapshotConfig
-from unveil.training.trainer import CheckpointConfig, OptimConfig, Trainer
+from unveil.training.denoising_job import DenoisingConfig, MixedTask
+from unveil.training.policy_job import PolicyConfig, PolicyJob, RolloutConfig
 
 LENGTH, STEPS = 8, 4
 LEARNING_RATES = (3e-5, 1e-4, 3e-4)
-TUNING_SEED = 1000
 HELD_OUT = 600
 """Of the 656 prompts of 8 digits that no training ever sees."""
 SHORTER, SHORTER_HELD_OUT = 7, 200
 """The other chain on which decoding rules are compared. Chains of 10 are not learned within 4,000 updates."""
 GAIN_RATIO, UPDATE_SHARE = 2.0, 0.2
 CHAIN_SLACK, ANSWER_FIRST_GAIN, GOOD_ENOUGH = 0.015, 0.08, 0.80
-NEVER = 10**9
-
-Measured = dict[str, Any]
 
 
 def reproduce(seeds: int, quick: bool, out: Path, report: Callable[[str], None]) -> dict[str, Any]:
@@ -76,17 +75,7 @@ def reproduce(seeds: int, quick: bool, out: Path, report: Callable[[str], None])
     rates = LEARNING_RATES[1:2] if quick else LEARNING_RATES
     updates = 30 if quick else 100
     tuning = [] if quick else [TUNING_SEED]
-    with ProcessPoolExecutor(max_workers=min(2, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
-
-        def every(function: Callable[..., Measured], jobs: Sequence[tuple]) -> list[Measured]:
-            waiting = [pool.submit(function, *job) for job in jobs]
-            results = []
-            for future, job in zip(waiting, jobs, strict=True):
-                results.append(future.result())
-                subject = " ".join(str(part) for part in job[1:] if part is not None)
-                report(f"{function.__name__.strip('_')} {subject}: {results[-1]['line']}")
-            return results
-
+    with two_processes(report) as every:
         every(_chain_network, [(out, seed, LENGTH) for seed in [*numbers, *tuning]])
         methods = ("mdpo", "diffu_grpo equal steps", "diffu_grpo equal rollouts")
         best = {method: rates[0] for method in methods}
@@ -110,18 +99,12 @@ def reproduce(seeds: int, quick: bool, out: Path, report: Callable[[str], None])
         _answer_check(answer),
         _over_denoising_check(by_method["mdpo"]),
     ]
-    held = [check["holds"] for check in checks]
     return {
         "name": "mdpo",
-        "verdict": "holds" if all(held) else "partly" if any(held) else "fails",
+        "verdict": verdict(checks),
         "learning_rates": {method: best[method] for method in methods},
         "checks": checks,
-        "cost": {
-            "seconds": time.perf_counter() - started,
-            "optimizer_steps": sum(r["optimizer_steps"] for r in trained),
-            "rollouts": sum(r["rollouts"] for r in trained),
-            "forwards": sum(r["forwards"] for r in trained),
-        },
+        "cost": total_cost(trained, time.perf_counter() - started),
         "table": _table(by_method, best, chain, answer),
     }
 
@@ -140,30 +123,19 @@ def _chain_network(out: Path, seed: int, length: int) -> Measured:
 
 
 def _network(folder: Path, task: Task, prompt: int, response: int, seed: int, *, goal: float, steps: int) -> Measured:
-    torch.set_num_threads(1)
     denoiser = SlotDenoiser(words=3, prompt=prompt, response=response)
     denoiser.initialise(generator(seed, "slots"))
-    trainer = _trainer(denoiser, lr=3e-3, updates=NEVER, folder=folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    log = RunLog(folder, LogConfig(tensorboard=False))
     data = DenoisingConfig(tasks=[MixedTask(task=task)], response_length=response, batch=64)
-    job = DenoisingJob(trainer, data, DenoisingEval(), log, seed=seed)
-    sampler = MaskedSampler(steps=steps)
     held_out = task.problems("test", SHORTER_HELD_OUT if prompt == SHORTER else 400, 1)
-    accuracy, update = 0.0, 0
-    while accuracy < goal and update < 4000:
-        for _ in range(20):
-            job.update(update, trainer.optimise)
-            update += 1
-        accuracy = evaluate(denoiser, task, held_out, sampler, response_length=response).accuracy
-    denoiser.save_pretrained(folder)
-    result = {"updates": update, "accuracy": accuracy, "line": f"{accuracy:.3f} after {update} updates"}
-    return result
+
+    def score() -> float:
+        return evaluate(denoiser, task, held_out, MaskedSampler(steps=steps), response_length=response).accuracy
+
+    return train_to(denoiser, data, folder, seed=seed, goal=goal, score=score)
 
 
 def _policy(out: Path, seed: int, method: str, lr: float, updates: int) -> Measured:
     """Train one method from the network of a seed and follow its held-out accuracy."""
-    torch.set_num_threads(1)
     task = RunningSum(length=LENGTH)
     denoiser = SlotDenoiser(words=3, prompt=LENGTH, response=LENGTH).load(out / f"chain-{LENGTH}-{seed}")
     inner = 4 if method.startswith("diffu_grpo") else 1
@@ -172,34 +144,21 @@ def _policy(out: Path, seed: int, method: str, lr: float, updates: int) -> Measu
     rollout = RolloutConfig(
         sampler=MaskedSampler(steps=STEPS, temperature=1.0), response_length=LENGTH, prompts=16, group_size=8
     )
-    choices = _choices(method, inner)
-    policy = PolicyConfig(task=task, rollout=rollout, **choices)
-    curve: list[tuple[int, float, float]] = []
-    trainer = _trainer(denoiser, lr=lr, updates=batches, folder=folder, every=max(1, batches // 20))
-    folder.mkdir(parents=True, exist_ok=True)
-    log = RunLog(folder, LogConfig(tensorboard=False))
-    decoders = {"lcr": MaskedSampler(steps=STEPS)}
-    job = PolicyJob(trainer, policy, PolicyEval(problems=HELD_OUT, decoders=decoders, shown=0), log, seed=seed)
+    policy = PolicyConfig(task=task, rollout=rollout, **_choices(method, inner))
+    held_out = task.problems("test", HELD_OUT, 0)
 
-    def measure(update: int) -> None:
-        result = evaluate(denoiser, task, job.held_out, decoders["lcr"], response_length=LENGTH)
-        curve.append((trainer.cost.optimizer_steps, result.accuracy, result.over_denoising))
+    def measure(job: PolicyJob) -> Measured:
+        result = evaluate(denoiser, task, held_out, MaskedSampler(steps=STEPS), response_length=LENGTH)
+        return {"accuracy": result.accuracy, "over_denoising": result.over_denoising}
 
-    job.evaluate = measure  # type: ignore[method-assign]
-    trainer.fit(job, log)
-    log.close()
-    accuracy, before = curve[-1][1], curve[0][1]
-    return {
-        "curve": curve,
-        "accuracy": accuracy,
-        "base": before,
-        "gain": accuracy - before,
-        "over_denoising": (curve[0][2], curve[-1][2]),
-        "optimizer_steps": trainer.cost.optimizer_steps,
-        "rollouts": trainer.cost.rollouts,
-        "forwards": trainer.cost.forwards,
-        "seconds": trainer.cost.seconds,
-        "line": f"{before:.3f} -> {accuracy:.3f}",
+    run = train_policy(denoiser, policy, folder, seed=seed, lr=lr, updates=batches, measure=measure)
+    before, after = run["curve"][0], run["curve"][-1]
+    return run | {
+        "accuracy": after["accuracy"],
+        "base": before["accuracy"],
+        "gain": after["accuracy"] - before["accuracy"],
+        "over_denoising": (before["over_denoising"], after["over_denoising"]),
+        "line": f"{before['accuracy']:.3f} -> {after['accuracy']:.3f}",
     }
 
 
@@ -218,7 +177,6 @@ def _choices(method: str, inner: int) -> dict[str, Any]:
 
 def _chain_decoding(out: Path, seed: int) -> Measured:
     """LCR and RCR on chains of two lengths at several step counts, no training."""
-    torch.set_num_threads(1)
     cells = []
     for length, count in ((SHORTER, SHORTER_HELD_OUT), (LENGTH, HELD_OUT)):
         if length != LENGTH:
@@ -238,7 +196,6 @@ def _chain_decoding(out: Path, seed: int) -> Measured:
 
 def _answer_first(out: Path, seed: int) -> Measured:
     """LCR and RCR where the answer has to be written before the sums that it follows from."""
-    torch.set_num_threads(1)
     task = RunningSum(length=LENGTH, answer_first=True)
     response = LENGTH + 1
     folder = out / f"answer-first-{seed}"
@@ -261,24 +218,9 @@ def _rules() -> dict[str, Any]:
     return {"lcr": LowConfidence(), "rcr": RunningConfidence(), "rcr max": RunningConfidence(running="max")}
 
 
-def _trainer(denoiser: SlotDenoiser, *, lr: float, updates: int, folder: Path, every: int = NEVER) -> Trainer:
-    optim = OptimConfig(lr=lr, max_grad_norm=1.0, microbatch=512)
-    checkpoints = CheckpointConfig(every=NEVER, keep=1)
-    return Trainer(
-        denoiser,
-        optim,
-        checkpoints,
-        SnapshotConfig(),
-        updates=updates,
-        eval_every=every,
-        run=folder,
-        ranks=Ranks(),
-    )
-
-
 def _against(by_method: dict[str, list[Measured]], baseline: str, name: str) -> Measured:
     ours, theirs = by_method["mdpo"], by_method[baseline]
-    gain, other = (statistics.mean(r["gain"] for r in results) for results in (ours, theirs))
+    gain, other = mean(ours, "gain"), mean(theirs, "gain")
     shares = [_share_of_steps(mine, other_run) for mine, other_run in zip(ours, theirs, strict=True)]
     typical = statistics.median(shares)
     return {
@@ -300,7 +242,7 @@ def _against(by_method: dict[str, list[Measured]], baseline: str, name: str) -> 
 
 def _share_of_steps(ours: Measured, theirs: Measured) -> float:
     """Optimiser steps after which MDPO first has the baseline's final accuracy, as a share of the baseline's steps."""
-    reached = [steps for steps, accuracy, _ in ours["curve"] if accuracy >= theirs["accuracy"]]
+    reached = [at["optimizer_steps"] for at in ours["curve"] if at["accuracy"] >= theirs["accuracy"]]
     return min(reached) / theirs["optimizer_steps"] if reached else float("inf")
 
 
@@ -351,34 +293,22 @@ def _table(
     chain: list[Measured],
     answer: list[Measured],
 ) -> str:
-    lines = [
-        "| method | lr | accuracy % (mean ± sd) | gain | over-denoising % "
-        "| optimiser steps | rollouts | forwards | seconds |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
     base = [result["base"] for result in by_method["mdpo"]]
     rate = 100 * statistics.mean(r["over_denoising"][0] for r in by_method["mdpo"])
-    lines.append(f"| base | | {_spread(base)} | | {rate:.1f} | | | | |")
+    rows: list[list[object]] = [["base", "", spread(base), "", f"{rate:.1f}", "", "", "", ""]]
     for method, results in by_method.items():
-        mean = {
-            key: statistics.mean(r[key] for r in results)
-            for key in ("gain", "optimizer_steps", "rollouts", "forwards", "seconds")
-        }
         end = 100 * statistics.mean(r["over_denoising"][1] for r in results)
-        lines.append(
-            f"| {method} | {best.get(method, best['mdpo']):g} | {_spread([r['accuracy'] for r in results])} "
-            f"| {100 * mean['gain']:+.1f} | {end:.1f} | {mean['optimizer_steps']:.0f} | {mean['rollouts']:.0f} "
-            f"| {mean['forwards']:.0f} | {mean['seconds']:.0f} |"
-        )
-    lines += ["", "| decoding without training | LCR % | RCR (last) % | RCR (max) % |", "|---|---|---|---|"]
+        cost = [f"{mean(results, key):.0f}" for key in ("optimizer_steps", "rollouts", "forwards", "seconds")]
+        rate_used = f"{best.get(method, best['mdpo']):g}"
+        gain = f"{100 * mean(results, 'gain'):+.1f}"
+        rows.append([method, rate_used, spread([r["accuracy"] for r in results]), gain, f"{end:.1f}", *cost])
+    head = ["method", "lr", "accuracy % (mean ± sd)", "gain", "over-denoising %"]
+    trained = markdown_table([*head, "optimiser steps", "rollouts", "forwards", "seconds"], rows)
+    rows = []
     for place, cell in enumerate(chain[0]["cells"]):
-        columns = [_spread([result["cells"][place][rule] for result in chain]) for rule in _rules()]
-        lines.append(f"| chain of {cell['length']}, {cell['steps']} steps | {' | '.join(columns)} |")
-    columns = [_spread([result[rule] for result in answer]) for rule in _rules()]
-    lines.append(f"| answer first, 3 blocks of 3 | {' | '.join(columns)} |")
-    return "\n".join(lines)
-
-
-def _spread(values: list[float]) -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{100 * statistics.mean(values):.1f} ± {100 * deviation:.1f}"
+        columns = [spread([result["cells"][place][rule] for result in chain]) for rule in _rules()]
+        rows.append([f"chain of {cell['length']}, {cell['steps']} steps", *columns])
+    columns = [spread([result[rule] for result in answer]) for rule in _rules()]
+    rows.append(["answer first, 3 blocks of 3", *columns])
+    decoded = markdown_table(["decoding without training", "LCR %", "RCR (last) %", "RCR (max) %"], rows)
+    return f"{trained}\n\n{decoded}"

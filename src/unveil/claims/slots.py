@@ -32,6 +32,7 @@ class SlotDenoiser(MaskedDenoiser):
             end_ids=(ids[END],),
             forbidden_ids=tuple(ids.values()),
             context_length=prompt + response,
+            feature_dim=dim,
         )
         config = TransformerConfig(dim=dim, layers=layers, heads=4, hidden=2 * dim, context_length=response)
         self.prompt_embedding = nn.Embedding(len(self.tokenizer), dim)
@@ -53,7 +54,7 @@ class SlotDenoiser(MaskedDenoiser):
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.05, generator=generator)
 
-    def features(self, ids: Tensor, valid: Tensor) -> Tensor:
+    def features(self, ids: Tensor, valid: Tensor, t: Tensor | None = None) -> Tensor:
         if ids.shape[1] != self.prompt + self.response:
             raise ValueError(f"slots for {self.prompt} + {self.response} tokens, got a canvas of {ids.shape[1]}")
         lead = self.response - self.prompt
@@ -69,10 +70,8 @@ class SlotDenoiser(MaskedDenoiser):
 
     def save_pretrained(self, folder: str | Path) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        save_file(
-            {name: value.contiguous() for name, value in self.state_dict().items()},
-            Path(folder) / "model.safetensors",
-        )
+        save_file(self.own_state(), Path(folder) / "model.safetensors")
+        self.save_unmask(Path(folder))
 
     def load(self, folder: Path) -> SlotDenoiser:
         load_weights(self, folder / "model.safetensors")

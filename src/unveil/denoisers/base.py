@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from unveil.denoisers.tokenizer import TextTokenizer
+from unveil.denoisers.unmask import FILE, UnmaskNetwork, load_unmask, save_unmask
+
+_UNMASK = "unmask_module"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,9 @@ class DenoiserSpec:
     logit_shift: int = 0
     """1 for networks whose head at position i predicts position i + 1; already undone by `features`."""
     time_conditioned: bool = False
+    """True if `features` needs the time of every canvas."""
+    feature_dim: int = 0
+    """D of `features`; 0 where nothing but the head may read them."""
 
 
 class MaskedDenoiser(nn.Module):
@@ -41,12 +47,15 @@ class MaskedDenoiser(nn.Module):
 
     spec: DenoiserSpec
     tokenizer: TextTokenizer
+    unmask_network: UnmaskNetwork | None = None
+    """The shape of the learned unmasking rule that the denoiser carries, if any; see `attach`."""
 
     @abstractmethod
-    def features(self, ids: Tensor, valid: Tensor) -> Tensor:
+    def features(self, ids: Tensor, valid: Tensor, t: Tensor | None = None) -> Tensor:
         """Aligned features (B, L, D) of the canvas ``ids`` (B, L); padding where ``valid`` (B, L) is False.
 
-        Padding never changes the features of valid positions: a padded batch equals single calls to 1e-5.
+        ``t`` (B,) is the time of each canvas, 1 all masks; networks without time conditioning ignore it. Padding never
+        changes the features of valid positions: a padded batch equals single calls to 1e-5.
         """
 
     @abstractmethod
@@ -57,11 +66,44 @@ class MaskedDenoiser(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, model.safetensors and tokenizer.json."""
 
-    def forward(self, ids: Tensor, valid: Tensor | None = None) -> Tensor:
+    def forward(self, ids: Tensor, valid: Tensor | None = None, t: Tensor | None = None) -> Tensor:
         """Logits (B, L, V) at every position. For tests and small models: it holds the whole vocabulary."""
         if valid is None:
             valid = torch.ones_like(ids, dtype=torch.bool)
-        return self.head(self.features(ids, valid))
+        return self.head(self.features(ids, valid, t))
+
+    @property
+    def unmask(self) -> nn.Module | None:
+        """The network of the learned unmasking rule."""
+        return self._modules.get(_UNMASK)
+
+    @property
+    def unmask_reads_features(self) -> bool:
+        return self.unmask_network is not None and self.unmask_network.reads_features
+
+    def attach(self, network: UnmaskNetwork, module: nn.Module) -> None:
+        """Carry the network of a learned unmasking rule: it is trained, moved and saved with this model."""
+        self.unmask_network = network
+        self.add_module(_UNMASK, module.to(self.device))
+
+    def save_unmask(self, folder: Path) -> None:
+        """Write FOLDER/unmask.safetensors, if the denoiser carries a learned unmasking rule."""
+        if self.unmask is not None and self.unmask_network is not None:
+            save_unmask(self.unmask_network, self.unmask, folder / FILE)
+
+    def load_unmask(self, path: Path) -> None:
+        """Attach the network of a file written by `save_unmask`.
+
+        Raises:
+            UserError: the file is no unmasking policy, or does not fit this model.
+        """
+        self.attach(*load_unmask(path, self.spec.feature_dim))
+
+    def own_state(self) -> dict[str, Tensor]:
+        """The weights of the denoiser itself, without a learned unmasking rule."""
+        return {
+            name: value.contiguous() for name, value in self.state_dict().items() if not name.startswith(f"{_UNMASK}.")
+        }
 
     @property
     def device(self) -> torch.device:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from unveil.denoisers.base import MaskedDenoiser
 from unveil.denoisers.transformer import MODEL_TYPE, TransformerDenoiser, read_config
+from unveil.denoisers.unmask import FILE
 from unveil.registry import UserError, did_you_mean
 
 EMBEDDED = Path(__file__).parent.parent / "models"
@@ -34,7 +35,7 @@ def model_folder(name_or_path: str | Path) -> Path:
 
 
 def load_denoiser(name_or_path: str | Path) -> MaskedDenoiser:
-    """Open a denoiser in evaluation mode.
+    """Open a denoiser in evaluation mode, with the unmasking policy that lies beside it, if there is one.
 
     Raises:
         UserError: there is no such model, its files are broken, or its type is not known.
@@ -43,4 +44,7 @@ def load_denoiser(name_or_path: str | Path) -> MaskedDenoiser:
     model_type = read_config(folder).get("model_type")
     if model_type != MODEL_TYPE:
         raise UserError(f"{folder / 'config.json'}: model_type {model_type!r} cannot be opened (allowed: {MODEL_TYPE})")
-    return TransformerDenoiser.from_pretrained(folder).eval()
+    denoiser = TransformerDenoiser.from_pretrained(folder)
+    if (folder / FILE).is_file():
+        denoiser.load_unmask(folder / FILE)
+    return denoiser.eval()

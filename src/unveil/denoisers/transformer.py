@@ -86,6 +86,7 @@ class TransformerDenoiser(MaskedDenoiser):
             end_ids=(end,),
             forbidden_ids=(mask, pad, tokenizer.id(UNKNOWN)),
             context_length=config.context_length,
+            feature_dim=config.dim,
         )
         self.embedding = nn.Embedding(len(tokenizer), config.dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
@@ -109,7 +110,7 @@ class TransformerDenoiser(MaskedDenoiser):
                 std /= (2 * self.config.layers) ** 0.5
             nn.init.normal_(parameter, std=std, generator=generator)
 
-    def features(self, ids: Tensor, valid: Tensor) -> Tensor:
+    def features(self, ids: Tensor, valid: Tensor, t: Tensor | None = None) -> Tensor:
         length = ids.shape[1]
         if length > self.config.context_length:
             raise UserError(
@@ -136,8 +137,8 @@ class TransformerDenoiser(MaskedDenoiser):
         folder.mkdir(parents=True, exist_ok=True)
         config = {"model_type": MODEL_TYPE, **dataclasses.asdict(self.config)}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        save_file(state, folder / "model.safetensors")
+        save_file(self.own_state(), folder / "model.safetensors")
+        self.save_unmask(folder)
         self.tokenizer.save(folder / "tokenizer.json")
 
     @classmethod

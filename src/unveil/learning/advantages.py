@@ -19,6 +19,8 @@ class Advantage(Plugin, family="advantage"):
 
     reads_guesses: ClassVar[bool] = False
     """True if the reward of every step's guess is needed, not only that of the finished response."""
+    per_step: ClassVar[bool] = False
+    """True if the steps of a chain differ in their advantages."""
 
     def advantages(self, rewards: Tensor, active: Tensor, group: Tensor) -> Tensor:
         """Advantages (B, S), 0 at inactive steps.

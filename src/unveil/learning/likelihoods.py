@@ -6,23 +6,70 @@ read from them. Old, reference and new network see the very same views, so their
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from unveil.denoisers.base import DenoiserSpec
-from unveil.registry import Plugin
+from unveil.denoisers.base import DenoiserSpec, MaskedDenoiser
+from unveil.denoisers.unmask import UnmaskInputs
+from unveil.learning.scoring import score_tokens
+from unveil.registry import Plugin, UserError
+from unveil.samplers.actions import Action
+from unveil.samplers.base import Sampler
 from unveil.samplers.trajectory import Trajectory
-from unveil.seeds import generator
+from unveil.seeds import derive_seed, generator
+
+AfterEnd = Literal["keep", "drop"]
+
+
+@dataclass(frozen=True)
+class Inner:
+    """Which of the gradient steps on the same rollouts."""
+
+    number: int = 0
+    count: int = 1
+
+
+FIRST = Inner()
+
+
+@dataclass(kw_only=True)
+class Order:
+    """What a learned unmasking rule saw and did at each of N views.
+
+    Attributes:
+        action: the distribution that the rule drew positions from.
+        inputs: what its network reads; features are computed when the view is scored.
+        ranks: (N, R) 0 where the position stayed as it was, else its place in the order of selection, from 1.
+        expert_share: (N,) share of the group's chains that a second sampler drew in this chain's stead, 0 for the
+            policy's own chains: the action's probability is (1 - share) pi + share.
+    """
+
+    action: Action
+    inputs: UnmaskInputs
+    ranks: Tensor
+    expert_share: Tensor
+
+    def slice(self, part: slice | Tensor) -> Order:
+        return Order(
+            action=self.action,
+            inputs=self.inputs.rows(part),
+            ranks=self.ranks[part],
+            expert_share=self.expert_share[part],
+        )
 
 
 @dataclass(kw_only=True)
 class Views:
-    """N network inputs and what is scored in each.
+    """N network inputs and what is scored in each. The views of a chain are neighbours.
+
+    The *items* of a view are its scored tokens (columns 0..R-1) and, where a learned rule chose the order, one more
+    column R for the log-probability of that choice; C is R or R + 1.
 
     Attributes:
         ids: (N, L) canvases.
@@ -33,6 +80,10 @@ class Views:
         rows: (N,) the chain that a view belongs to.
         steps: (N,) the step whose advantage it carries.
         holes: (N,) masked response tokens of the canvas.
+        length: (N,) this view's share of the number of positions that a ratio is normalised by.
+        coefficient: (N, R) factor of each token's log-probability in every sum; None: 1.
+        order: the choices of a learned rule; None: there is none, or it is not trained.
+        times: (N,) the time that a time-conditioned network is told; None: it has none.
     """
 
     ids: Tensor
@@ -43,52 +94,176 @@ class Views:
     rows: Tensor
     steps: Tensor
     holes: Tensor
+    length: Tensor
+    coefficient: Tensor | None = None
+    order: Order | None = None
+    times: Tensor | None = None
 
     def __len__(self) -> int:
         return self.ids.shape[0]
 
+    @property
+    def items(self) -> Tensor:
+        """(N, C) True at everything that has a log-probability."""
+        if self.order is None:
+            return self.scored
+        return torch.cat([self.scored, torch.ones_like(self.scored[:, :1])], 1)
+
+    @property
+    def factors(self) -> Tensor:
+        """(N, C) what every item's log-probability is multiplied by in a sum."""
+        items = self.items
+        if self.coefficient is None:
+            return items.float()
+        ones = self.coefficient.new_ones(len(self), items.shape[1] - self.coefficient.shape[1])
+        return torch.cat([self.coefficient, ones], 1) * items
+
     def slice(self, start: int, end: int) -> Views:
         part = slice(start, end)
-        return Views(
-            ids=self.ids[part], valid=self.valid[part], prompt_width=self.prompt_width, scored=self.scored[part],
-            targets=self.targets[part], rows=self.rows[part], steps=self.steps[part], holes=self.holes[part],
-        )  # fmt: skip
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        cut = {name: value[part] for name, value in values.items() if isinstance(value, Tensor)}
+        order = None if self.order is None else self.order.slice(part)
+        return dataclasses.replace(self, **cut, order=order)  # type: ignore[arg-type]
+
+
+@dataclass(kw_only=True)
+class Scores:
+    """What a network says of the items of N views.
+
+    Attributes:
+        log_prob: (N, C) float32, 0 where there is no item.
+        entropy: (N, C) in nats, without gradient; 0 where there is no item, and for orders.
+        forwards: network evaluations of the denoiser, counted per sequence.
+    """
+
+    log_prob: Tensor
+    entropy: Tensor
+    forwards: int
 
 
 class Likelihood(Plugin, family="likelihood"):
-    """Makes views of a trajectory."""
+    """Makes views of a trajectory and scores them."""
 
-    needs: ClassVar[frozenset[str]] = frozenset()
+    needs: frozenset[str] = frozenset()
     """Trajectory fields that `views` reads."""
     resamples: ClassVar[bool] = False
-    """True if the views of two inner updates differ."""
+    """True if the views of two inner updates differ; otherwise they are made and scored once."""
     per_step: ClassVar[bool] = True
-    """True if views belong to steps (a selector chooses which), False if one view stands for the whole chain."""
+    """True if views belong to steps (a selector chooses which), False if they stand for the whole chain."""
 
-    def views(self, trajectory: Trajectory, chosen: Tensor, seeds: Sequence[int], spec: DenoiserSpec) -> Views:
-        """Views of the ``chosen`` (B, S) steps; ``seeds`` holds one seed per chain and inner update."""
+    @property
+    def scores_tokens(self) -> bool:
+        """False if only the order counts: tokens may then be drawn at temperature 0."""
+        return True
+
+    def check_fits(self, sampler: Sampler, denoiser: MaskedDenoiser) -> None:
+        """Refuse a rollout sampler or network whose decisions this likelihood cannot score.
+
+        Raises:
+            UserError: naming the key and what is allowed.
+        """
+        if sampler.name != "masked":
+            raise UserError(
+                f"policy.likelihood: {self.name!r} scores tokens drawn by the sampler 'masked', not {sampler.name!r}"
+            )
+
+    def views(
+        self, trajectory: Trajectory, chosen: Tensor, seeds: Sequence[int], spec: DenoiserSpec, inner: Inner = FIRST
+    ) -> Views:
+        """Views of the ``chosen`` (B, S) steps (those with a weight above 0); ``seeds`` holds one per chain."""
         raise NotImplementedError
+
+    def score(self, denoiser: MaskedDenoiser, views: Views, temperature: float) -> Scores:
+        """Log-probabilities of all items: tokens at the sampling temperature, orders by the rule that chose them.
+
+        A view without scored tokens and with an order that reads no features costs no forward pass of the denoiser.
+        """
+        device = denoiser.device
+        scored = views.scored.to(device)
+        order = views.order
+        features = None
+        if bool(views.scored.any()) or (order is not None and denoiser.unmask_reads_features):
+            times = None if views.times is None else views.times.to(device)
+            canvas = denoiser.features(views.ids.to(device), views.valid.to(device), times)
+            features = canvas[:, views.prompt_width :]
+        log_prob = torch.zeros(scored.shape, device=device)
+        entropy = torch.zeros(scored.shape, device=device)
+        if features is not None:
+            row, column = scored.nonzero(as_tuple=True)
+            targets = views.targets.to(device)[row, column]
+            tokens, spread = score_tokens(denoiser, features[row, column], targets, temperature or 1.0, entropy=True)
+            log_prob, entropy = log_prob.masked_scatter(scored, tokens), entropy.masked_scatter(scored, spread)
+        if order is not None:
+            chosen = score_order(denoiser, order, features)
+            log_prob = torch.cat([log_prob, chosen[:, None]], 1)
+            entropy = torch.cat([entropy, torch.zeros_like(entropy[:, :1])], 1)
+        return Scores(log_prob=log_prob, entropy=entropy, forwards=0 if features is None else len(views))
+
+
+def score_order(denoiser: MaskedDenoiser, order: Order, features: Tensor | None) -> Tensor:
+    """(N,) log-probability of each view's choice of positions under the rule that the denoiser carries."""
+    device = denoiser.device
+    inputs = order.inputs.to(device)
+    if denoiser.unmask_reads_features:
+        inputs = dataclasses.replace(inputs, features=features)
+    assert denoiser.unmask is not None
+    log_prob = order.action.log_prob(denoiser.unmask(inputs), inputs.candidates, order.ranks.to(device))
+    share = order.expert_share.to(device)
+    mixed = torch.logaddexp(log_prob + torch.log1p(-share), share.clamp(min=1e-38).log())
+    return torch.where(share > 0, mixed, log_prob)
 
 
 @dataclass(kw_only=True)
 class TrajectoryLikelihood(Likelihood, name="trajectory"):
     """The states that inference really visited: sum over steps of sum over tokens of log p(a_s | x_s)."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"states", "guesses", "revealed"})
-    tokens: Literal["masked", "revealed"] = "masked"
-    """``masked``: the action is a token for every hole (MDPO). ``revealed``: only what the step committed (CJ-GRPO)."""
+    tokens: Literal["masked", "revealed", "none"] = "masked"
+    """``masked``: the action is a token for every hole (MDPO). ``revealed``: only what the step committed (CJ-GRPO).
+    ``none``: only the order counts (unmasking policies)."""
+    order: Action | None = None
+    """Also the log-probability of the positions that a learned rule chose: the action of rollout.sampler.rule."""
+    after_end: AfterEnd = "keep"
+    """``drop``: tokens behind the first end token of the finished response do not count."""
 
-    def views(self, trajectory: Trajectory, chosen: Tensor, seeds: Sequence[int], spec: DenoiserSpec) -> Views:
-        rows, steps = (chosen & trajectory.active).nonzero(as_tuple=True)
-        assert trajectory.guesses is not None
-        states = trajectory.states_at(rows, steps)
+    def __post_init__(self) -> None:
+        if self.tokens == "none" and self.order is None:
+            raise UserError("tokens: 'none' leaves nothing to score where order is null")
+        fields = {"states", "guesses", "revealed"}
+        self.needs = frozenset(fields if self.order is None else fields | {"confidence", "block", "order"})
+
+    @property
+    def scores_tokens(self) -> bool:
+        return self.tokens != "none"
+
+    def check_fits(self, sampler: Sampler, denoiser: MaskedDenoiser) -> None:
+        super().check_fits(sampler, denoiser)
+        if self.order is None:
+            return
+        if not self.order.trains:
+            raise UserError(f"policy.likelihood.order: the action {self.order.name!r} has no likelihood to train by")
+        if self.order != sampler.action:
+            raise UserError("policy.likelihood.order: should be the action of rollout.sampler.rule (a rule 'policy')")
+        if denoiser.unmask is None:
+            raise UserError("policy.likelihood.order: the model carries no unmasking policy (give model.unmask)")
+
+    def views(
+        self, trajectory: Trajectory, chosen: Tensor, seeds: Sequence[int], spec: DenoiserSpec, inner: Inner = FIRST
+    ) -> Views:
+        rows, steps = ((chosen > 0) & trajectory.active).nonzero(as_tuple=True)
+        assert trajectory.guesses is not None and trajectory.revealed is not None
         holes = trajectory.holes_at(rows, steps)
-        scored = holes
-        if self.tokens == "revealed":
-            assert trajectory.revealed is not None
-            scored = holes & trajectory.revealed[rows, steps]
+        scored = holes.clone()
+        if self.tokens == "none":
+            scored[:] = False
+        elif self.tokens == "revealed":
+            scored &= trajectory.revealed[rows, steps]
+        if self.after_end == "drop":
+            scored &= up_to_end(trajectory.response_ids, spec.end_ids)[rows]
+        if self.order is None:  # steps that committed nothing have nothing to say
+            said = scored.any(1)
+            rows, steps, holes, scored = rows[said], steps[said], holes[said], scored[said]
         return Views(
-            ids=torch.cat([trajectory.prompt_ids[rows], states], 1),
+            ids=torch.cat([trajectory.prompt_ids[rows], trajectory.states_at(rows, steps)], 1),
             valid=trajectory.valid[rows],
             prompt_width=trajectory.prompt_ids.shape[1],
             scored=scored,
@@ -96,32 +271,57 @@ class TrajectoryLikelihood(Likelihood, name="trajectory"):
             rows=rows,
             steps=steps,
             holes=holes.sum(1),
+            length=scored.sum(1) + int(self.order is not None),
+            order=None if self.order is None else _order(self.order, trajectory, rows, steps, holes),
         )
+
+
+def _order(action: Action, trajectory: Trajectory, rows: Tensor, steps: Tensor, holes: Tensor) -> Order:
+    """What the rule saw and chose at ``steps`` (N,) of chains ``rows`` (N,), with ``holes`` (N, R)."""
+    assert trajectory.confidence is not None and trajectory.block is not None and trajectory.order is not None
+    share = trajectory.expert_share
+    return Order(
+        action=action,
+        inputs=UnmaskInputs(
+            masked=holes,
+            block=trajectory.block[rows, steps],
+            confidence=trajectory.confidence[rows, steps],
+            valid=trajectory.response_valid[rows],
+            step=steps,
+            planned=trajectory.planned[rows],
+        ),
+        ranks=trajectory.order[rows, steps],
+        expert_share=torch.zeros(len(rows)) if share is None else share[rows],
+    )
 
 
 @dataclass(kw_only=True)
 class OneStepLikelihood(Likelihood, name="one_step"):
     """One forward pass with the whole response masked and a random part of the prompt masked (diffu-GRPO, 2504.12216).
 
-    Tokens up to and including the first end token count. Every inner update masks the prompt anew.
+    Every inner update masks the prompt anew. Given (infilled) response positions are masked and scored like the rest.
     """
 
     resamples: ClassVar[bool] = True
     per_step: ClassVar[bool] = False
     prompt_mask: Annotated[float, Field(ge=0, lt=1)] = 0.15
     """Probability of masking each prompt token."""
+    after_end: AfterEnd = "drop"
+    """``drop``: tokens up to and including the first end token count; ``keep``: the whole response does."""
 
-    def views(self, trajectory: Trajectory, chosen: Tensor, seeds: Sequence[int], spec: DenoiserSpec) -> Views:
+    def views(
+        self, trajectory: Trajectory, chosen: Tensor, seeds: Sequence[int], spec: DenoiserSpec, inner: Inner = FIRST
+    ) -> Views:
         batch, width = trajectory.prompt_ids.shape
         prompt_valid, response_valid = trajectory.valid[:, :width], trajectory.response_valid
         drawn = torch.ones(batch, width)
         for row, seed in enumerate(seeds):
             # Drawn for the prompt's own length: padding of the batch must not change what is masked.
             own = prompt_valid[row].nonzero().squeeze(1)
-            drawn[row, own] = torch.rand(len(own), generator=generator(seed, "prompt mask"))
+            drawn[row, own] = torch.rand(len(own), generator=generator(derive_seed(seed, inner.number), "prompt mask"))
         prompts = torch.where(prompt_valid & (drawn < self.prompt_mask), spec.mask_id, trajectory.prompt_ids)
         masked = torch.where(response_valid, spec.mask_id, trajectory.response_ids)
-        scored = response_valid & up_to_end(trajectory.response_ids, spec.end_ids)
+        scored = answered(trajectory, spec, self.after_end)
         return Views(
             ids=torch.cat([prompts, masked], 1),
             valid=trajectory.valid,
@@ -131,10 +331,36 @@ class OneStepLikelihood(Likelihood, name="one_step"):
             rows=torch.arange(batch),
             steps=trajectory.last_steps,
             holes=response_valid.sum(1),
+            length=scored.sum(1),
         )
+
+
+def answered(trajectory: Trajectory, spec: DenoiserSpec, after_end: AfterEnd) -> Tensor:
+    """(B, R) the response tokens that count: all of them, or those up to and including the first end token."""
+    if after_end == "keep":
+        return trajectory.response_valid.clone()
+    return trajectory.response_valid & up_to_end(trajectory.response_ids, spec.end_ids)
 
 
 def up_to_end(ids: Tensor, end_ids: Sequence[int]) -> Tensor:
     """(B, R) True up to and including the first end token of each row."""
     ends = torch.isin(ids, torch.tensor(list(end_ids), device=ids.device))
     return (ends.cumsum(1) - ends.long()) == 0
+
+
+class TokenFilter(Plugin, family="token_filter"):
+    """Chooses among the items of an update by how uncertain the policy that drew them was."""
+
+    keeps_ratio: bool = False
+    """True: what is dropped only loses its weight, and still belongs to the ratio of its unit. False: it is gone."""
+
+    def keep(self, views: Views, entropy: Tensor, trajectory: Trajectory) -> Tensor:
+        """(N, C) bool from entropies (N, C) in nats under the policy that drew the rollouts."""
+        raise NotImplementedError
+
+
+def without(views: Views, keep: Tensor) -> Views:
+    """The views with only the items that ``keep`` (N, C); an order always stays."""
+    scored = views.scored & keep[:, : views.scored.shape[1]]
+    dropped = views.scored.sum(1) - scored.sum(1)
+    return dataclasses.replace(views, scored=scored, length=views.length - dropped)

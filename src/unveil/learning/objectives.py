@@ -1,6 +1,6 @@
 """How advantages and log-probabilities become a loss: unreduced terms, weights, and what holds the policy back.
 
-The loss of an update is sum(policy_weight * policy_term + kl_weight * beta * kl_term) over all scored tokens. Weights
+The loss of an update is sum(policy_weight * policy_term + kl_weight * beta * kl_term) over units of items. Weights
 carry the whole reduction (who is averaged over what) and are fixed before the first backward pass, so any split into
 micro-batches or ranks gives the same gradient.
 """
@@ -21,10 +21,18 @@ from unveil.samplers.trajectory import Trajectory
 
 
 class Objective(Plugin, family="objective"):
-    """Unreduced policy terms."""
+    """Unreduced policy terms of *units*: what one probability ratio covers.
+
+    A unit's log-probability is the sum over its items of coefficient times log-probability (`unit_of`), its weight the
+    sum of theirs.
+    """
+
+    level: Literal["token", "step", "sequence"] = "token"
+    normalise: bool = False
+    """Divide a unit's log-probability by its length: the ratio is then a geometric mean (GSPO)."""
 
     def terms(self, log_prob: Tensor, old: Tensor, advantage: Tensor) -> Tensor:
-        """Terms (M,) to be minimised, from new and old log-probabilities and advantages of M scored tokens."""
+        """Terms (U,) to be minimised, from new and old log-probabilities and advantages of U units."""
         raise NotImplementedError
 
     def diagnostics(self, log_prob: Tensor, old: Tensor, advantage: Tensor) -> dict[str, float]:
@@ -34,12 +42,16 @@ class Objective(Plugin, family="objective"):
 
 @dataclass(kw_only=True)
 class Clipped(Objective, name="clipped"):
-    """PPO's clipped ratio per token: -min(rho A, clip(rho, 1 - low, 1 + high) A), rho = exp(new - old)."""
+    """PPO's clipped ratio: -min(rho A, clip(rho, 1 - low, 1 + high) A), rho = exp(new - old)."""
 
     clip: Annotated[float, Field(gt=0)] = 0.2
     """Half-width of the interval around 1."""
     clip_high: Annotated[float, Field(gt=0)] | None = None
     """Upper half-width where it differs (clip-higher)."""
+    level: Literal["token", "step", "sequence"] = "token"
+    """What one ratio covers: a token, all items of a step (its tokens and the order), or all items of a chain."""
+    normalise: bool = False
+    """Divide the log-ratio of a step or sequence by its length (GSPO)."""
 
     def terms(self, log_prob: Tensor, old: Tensor, advantage: Tensor) -> Tensor:
         ratio = (log_prob - old).exp()
@@ -56,9 +68,26 @@ class Clipped(Objective, name="clipped"):
         }
 
 
+def unit_of(views: Views, level: str) -> tuple[Tensor, int]:
+    """The unit (M,) of every item of the views, in row-major order, and how many there are.
+
+    Items of one chain, step and position are one token unit: an estimator shows a token in several views.
+    """
+    view, column = views.items.nonzero(as_tuple=True)
+    if not len(view):
+        return view, 0
+    key = views.rows[view]
+    if level != "sequence":
+        key = key * (int(views.steps.max()) + 1) + views.steps[view]
+    if level == "token":
+        key = key * views.items.shape[1] + column
+    found, unit = key.unique(return_inverse=True)
+    return unit, len(found)
+
+
 @dataclass(kw_only=True)
 class Kl:
-    """Penalty that keeps the policy near a reference, per scored token; d = log p_ref - log p."""
+    """Penalty that keeps the policy near a reference, per token unit; d = log p_ref - log p."""
 
     beta: Annotated[float, Field(ge=0)] = 0.0
     """Strength; at 0 no reference is evaluated."""
@@ -76,23 +105,55 @@ class Kl:
 
 
 class Weighting(Plugin, family="weighting"):
-    """The reduction: weights of every scored token for the policy term and for the KL term."""
+    """The reduction: weights of every item for the policy term and for the KL term."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
     """Trajectory fields that `weights` reads."""
 
-    def weights(self, views: Views, trajectory: Trajectory, total: Callable[[float], float]) -> tuple[Tensor, Tensor]:
-        """Two (N, R) tensors, 0 at unscored positions.
+    def weights(
+        self, views: Views, advantage: Tensor, trajectory: Trajectory, total: Callable[[float], float]
+    ) -> tuple[Tensor, Tensor]:
+        """Two (N, C) tensors, 0 where there is no item.
 
-        ``total`` sums a number over all ranks (the identity on one): denominators must count the whole update.
+        ``advantage`` (N,) is that of every view; ``total`` sums a number over all ranks (the identity on one):
+        denominators must count the whole update.
         """
         raise NotImplementedError
 
 
 @dataclass(kw_only=True)
 class TokenMean(Weighting, name="token_mean"):
-    """Mean over all scored tokens of the update (diffu-GRPO's released loss)."""
+    """Mean over all items of the update (diffu-GRPO's released loss)."""
 
-    def weights(self, views: Views, trajectory: Trajectory, total: Callable[[float], float]) -> tuple[Tensor, Tensor]:
-        weight = views.scored.float() / max(1.0, total(float(views.scored.sum())))
+    def weights(
+        self, views: Views, advantage: Tensor, trajectory: Trajectory, total: Callable[[float], float]
+    ) -> tuple[Tensor, Tensor]:
+        weight = views.items.float() / max(1.0, total(float(views.items.sum())))
+        return weight, weight
+
+
+@dataclass(kw_only=True)
+class StepMean(Weighting, name="step_mean"):
+    """Mean over the items of a step, then over the chain's views that have any, then over chains (CJ-GRPO,
+    2509.23924): every step weighs the same, however many tokens it reveals."""
+
+    def weights(
+        self, views: Views, advantage: Tensor, trajectory: Trajectory, total: Callable[[float], float]
+    ) -> tuple[Tensor, Tensor]:
+        items = views.items.float()
+        count = items.sum(1)
+        said = torch.zeros(len(trajectory)).index_add_(0, views.rows, (count > 0).float())
+        chains = max(1.0, total(float(len(trajectory))))
+        weight = items / count.clamp(min=1)[:, None] / said.clamp(min=1)[views.rows, None] / chains
+        return weight, weight
+
+
+@dataclass(kw_only=True)
+class TokenSum(Weighting, name="token_sum"):
+    """Sum over the items of a chain, mean over chains: the policy gradient of the whole trajectory."""
+
+    def weights(
+        self, views: Views, advantage: Tensor, trajectory: Trajectory, total: Callable[[float], float]
+    ) -> tuple[Tensor, Tensor]:
+        weight = views.items.float() / max(1.0, total(float(len(trajectory))))
         return weight, weight

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from unveil.denoisers.base import DenoiserSpec
 from unveil.registry import Plugin
+from unveil.samplers.trajectory import Trajectory
 from unveil.seeds import generator
 
 
 class Selector(Plugin, family="selector"):
     """Chooses steps of every chain by itself."""
 
-    def choose(self, advantages: Tensor, active: Tensor, seeds: Sequence[int]) -> Tensor:
-        """(B, S) True at the steps to train on, from ``advantages`` (B, S), ``active`` (B, S) and a seed per chain."""
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Trajectory fields that `choose` reads."""
+
+    def choose(self, advantages: Tensor, trajectory: Trajectory, seeds: Sequence[int], spec: DenoiserSpec) -> Tensor:
+        """(B, S) float factors of the steps' weights, 0 where a step is not trained on.
+
+        From ``advantages`` (B, S), the trajectory and a seed per chain. Factors other than 0 and 1 make a sample of
+        steps stand for all of them.
+        """
         raise NotImplementedError
 
 
@@ -26,8 +35,8 @@ class Selector(Plugin, family="selector"):
 class AllSteps(Selector, name="all"):
     """Every step."""
 
-    def choose(self, advantages: Tensor, active: Tensor, seeds: Sequence[int]) -> Tensor:
-        return active.clone()
+    def choose(self, advantages: Tensor, trajectory: Trajectory, seeds: Sequence[int], spec: DenoiserSpec) -> Tensor:
+        return trajectory.active.float()
 
 
 @dataclass(kw_only=True)
@@ -37,8 +46,8 @@ class TopAdvantage(Selector, name="top_advantage"):
     k: Annotated[int, Field(ge=1)] = 8
     """Steps per chain."""
 
-    def choose(self, advantages: Tensor, active: Tensor, seeds: Sequence[int]) -> Tensor:
-        return _largest(advantages.abs(), active, self.k)
+    def choose(self, advantages: Tensor, trajectory: Trajectory, seeds: Sequence[int], spec: DenoiserSpec) -> Tensor:
+        return _largest(advantages.abs(), trajectory.active, self.k)
 
 
 @dataclass(kw_only=True)
@@ -48,11 +57,11 @@ class UniformSteps(Selector, name="uniform"):
     k: Annotated[int, Field(ge=1)] = 8
     """Steps per chain."""
 
-    def choose(self, advantages: Tensor, active: Tensor, seeds: Sequence[int]) -> Tensor:
-        draws = [torch.rand(active.shape[1], generator=generator(seed, "steps")) for seed in seeds]
-        return _largest(torch.stack(draws), active, self.k)
+    def choose(self, advantages: Tensor, trajectory: Trajectory, seeds: Sequence[int], spec: DenoiserSpec) -> Tensor:
+        draws = [torch.rand(trajectory.steps, generator=generator(seed, "steps")) for seed in seeds]
+        return _largest(torch.stack(draws), trajectory.active, self.k)
 
 
 def _largest(value: Tensor, active: Tensor, k: int) -> Tensor:
     order = value.masked_fill(~active, -1).sort(dim=1, descending=True, stable=True).indices[:, :k]
-    return torch.zeros_like(active).scatter_(1, order, True) & active
+    return (torch.zeros_like(active).scatter_(1, order, True) & active).float()

@@ -1,13 +1,11 @@
 """One denoising loop for masked tokens: full diffusion, blocks, infill, external starts, any rule, any schedule.
 
 Rows are independent chains. Each has its own length, block, count plan and noise, so a batch equals its rows decoded
-one
-by one; a row that is done leaves the batch, and padding that only it needed leaves with it.
+one by one; a row that is done leaves the batch, and padding that only it needed leaves with it.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -17,17 +15,21 @@ from pydantic import Field
 from torch import Tensor
 
 from unveil.denoisers.base import MaskedDenoiser
+from unveil.denoisers.unmask import UnmaskInputs
 from unveil.registry import UserError
+from unveil.samplers.actions import Action
+from unveil.samplers.base import Sampler
 from unveil.samplers.canvas import Canvas
-from unveil.samplers.rules import LowConfidence, Rule, State, StepView
+from unveil.samplers.rules import LowConfidence, Policy, Rule, State, StepView
 from unveil.samplers.schedules import Even, Schedule
-from unveil.samplers.timetable import Timetable
+from unveil.samplers.timetable import Slot, Timetable
 from unveil.samplers.tokens import confidence, filter_logits, sample_categorical, token_log_prob
-from unveil.samplers.trajectory import Trajectory, check_needs, concatenate
+from unveil.samplers.trajectory import PER_CHAIN, Trajectory, check_needs, concatenate
+from unveil.samplers.transforms import Transform
 
 
 @dataclass(kw_only=True)
-class MaskedSampler:
+class MaskedSampler(Sampler, name="masked"):
     """How samples are drawn from a masked-token denoiser."""
 
     steps: Annotated[int, Field(ge=1)]
@@ -39,6 +41,8 @@ class MaskedSampler:
     """How many tokens each step of a block reveals."""
     rule: Rule = field(default_factory=LowConfidence)
     """Which positions a step commits or takes back."""
+    transform: Transform | None = None
+    """Changes the scores that the rule ranks by; None: they stay."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """0 takes the likeliest token; otherwise tokens are drawn from softmax(logits / temperature)."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -55,24 +59,30 @@ class MaskedSampler:
     def __post_init__(self) -> None:
         if self.stop_at_end and self.rule.takes_back:
             raise UserError("stop_at_end: not possible with a rule that takes tokens back")
+        if self.transform is not None:
+            self.transform.check_fits(self.rule)
+
+    @property
+    def action(self) -> Action | None:
+        return self.rule.action if isinstance(self.rule, Policy) else None
 
     def check_fits(self, response_length: int) -> None:
-        """Refuse step counts that do not divide into the blocks of a response.
-
-        Raises:
-            UserError: naming the key and what is allowed.
-        """
         if self.block_length is not None and self.block_length > response_length:
             raise UserError(f"block_length: {self.block_length} is longer than the response ({response_length} tokens)")
-        if not self.rule.follows_schedule:
-            return
-        blocks = math.ceil(response_length / (self.block_length or response_length))
-        if self.steps % blocks:
-            raise UserError(f"steps: {self.steps} do not divide into {blocks} blocks (allowed: multiples of {blocks})")
-        if self.steps > response_length:
-            raise UserError(
-                f"steps: {self.steps} do not fit a response of {response_length} tokens (each reveals one or more)"
-            )
+        if self.rule.follows_schedule:
+            self.schedule.check_fits(response_length, self.block_length, self.steps)
+
+    def refused_fields(self) -> dict[str, str]:
+        """Trajectory fields that this sampler cannot record, and why."""
+        refused = {"times": "needs a sampler that keeps a clock"}
+        if self.rule.takes_back:
+            refused["step_map"] = "is not exact for a rule that takes tokens back; ask for 'states'"
+        if self.action is None:
+            refused["order_log_prob"] = "needs a learned rule (rule 'policy')"
+        return refused
+
+    def check_denoiser(self, denoiser: MaskedDenoiser) -> None:
+        self.rule.network(denoiser)
 
     @torch.no_grad()
     def sample(
@@ -85,22 +95,10 @@ class MaskedSampler:
         batch_size: int | None = None,
         on_batch: Callable[[int], None] | None = None,
     ) -> Trajectory:
-        """Denoise every row of the canvas.
-
-        Args:
-            denoiser: the network; put it into evaluation mode first.
-            canvas: where to start (B rows).
-            seeds: one per row; a row's randomness depends on nothing else.
-            needs: optional fields of the Trajectory that somebody will read.
-            batch_size: rows per network call; all at once if None.
-            on_batch: called with the number of finished rows after every batch.
-
-        Raises:
-            UserError: steps do not fit the response, or a field cannot be recorded.
-        """
-        wanted = check_needs(needs, not self.rule.takes_back)
+        wanted = check_needs(needs, self.refused_fields())
         width = canvas.response.shape[1]
         self.check_fits(width)
+        self.check_denoiser(denoiser)
         if len(seeds) != len(canvas):
             raise ValueError(f"{len(canvas)} rows need as many seeds, got {len(seeds)}")
         size = batch_size or len(canvas)
@@ -111,11 +109,6 @@ class MaskedSampler:
             if on_batch is not None:
                 on_batch(min(start + size, len(canvas)))
         return concatenate(parts) if len(parts) > 1 else parts[0]
-
-    def steps_per_block(self, width: int) -> int:
-        """Local steps of a full block when responses are at most ``width`` tokens."""
-        blocks = math.ceil(width / (self.block_length or width))
-        return max(1, self.steps // blocks)
 
     def propose(self, logits: Tensor, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
         """Draw a token for every hole.
@@ -148,20 +141,24 @@ class _Chains:
         self.sampler, self.denoiser, self.needs = sampler, denoiser, needs
         device = denoiser.device
         self.mask_id = denoiser.spec.mask_id
+        self.network = sampler.rule.network(denoiser)
         batch, width = canvas.response.shape
-        block = sampler.block_length or width
-        self.blocks = math.ceil(width / block)
-        self.block_of = torch.arange(width, device=device) // block
+        layout = sampler.schedule.layout(width, sampler.block_length, sampler.steps)
+        self.blocks = len(layout)
+        self.block_of = torch.tensor([place for place, (size, _) in enumerate(layout) for _ in range(size)])
+        self.block_of = self.block_of.to(device)
+        lengths = canvas.response_valid.sum(1)
         self.timetable: Timetable | None = None
+        self.planned = lengths
         if sampler.rule.follows_schedule:
             holes = (canvas.response == self.mask_id) & canvas.response_valid & ~canvas.frozen
-            local_steps = sampler.steps_per_block(width)
-            self.timetable = Timetable.of(holes, block, sampler.schedule, local_steps, device)
-        lengths = canvas.response_valid.sum(1).tolist()
-        max_steps = max(self.timetable.ends) if self.timetable else width
-        self.token_noise, self.order_noise = self._draw_noise(seeds, lengths, max_steps, width)
+            self.timetable = Timetable.of(holes, layout, sampler.schedule, device)
+            self.planned = torch.tensor(self.timetable.ends)
+        self.token_noise, self.order_noise = self._draw_noise(seeds, lengths.tolist(), int(self.planned.max()), width)
 
         self.canvas = canvas = canvas.to(device)
+        self.given = (canvas.response != self.mask_id) | ~canvas.response_valid
+        self.planned = self.planned.to(device)
         self.rows = torch.arange(batch, device=device)
         self.ids, self.valid = canvas.ids.clone(), canvas.valid
         self.editable = canvas.response_valid & ~canvas.frozen
@@ -182,13 +179,15 @@ class _Chains:
         prompt_width = self.canvas.prompt_width
         recorded: dict[str, Tensor] = {}
         for name, steps in self.records.items():
-            if name != "step_map":
+            if name not in PER_CHAIN:
                 recorded[name] = torch.stack(steps, 1) if steps else self._empty_record(name)
         return Trajectory(
             prompt_ids=self.canvas.ids[:, :prompt_width].cpu(),
             response_ids=self.final.cpu(),
             valid=self.canvas.valid.cpu(),
             active=torch.arange(step) < self.taken.cpu()[:, None],
+            given=self.given.cpu(),
+            planned=self.planned.cpu(),
             forwards=self.forwards,
             mask_id=self.mask_id,
             step_map=self.step_map.cpu() if "step_map" in self.needs else None,
@@ -202,39 +201,73 @@ class _Chains:
 
     def _step(self, step: int, holes: Tensor) -> None:
         sampler, response = self.sampler, self.response
-        block, remain, last = self._progress(step, holes)
-        open_holes = holes if self.blocks == 1 else holes & (self.block_of <= block[:, None])
-        # A reader of guesses wants the whole x_0, holes of later blocks included; a rule only ever sees the open ones.
-        read = holes if self.needs & {"guesses", "log_prob", "confidence"} else open_holes
-        features = self.denoiser.features(self.ids, self.valid)
-        self.forwards += len(self.rows)
+        slot = self._slot(step, holes)
+        inside = self.valid[:, self.start : self.start + holes.shape[1]]
+        in_block = inside & (self.block_of == slot.block[:, None])
+        open_holes = holes if self.blocks == 1 else holes & (self.block_of <= slot.block[:, None])
+        # A reader of guesses wants the whole x_0, holes of later blocks included; a network reads what is believed of
+        # them all; another rule only ever sees the open ones.
+        wide = self.network is not None or bool(self.needs & {"guesses", "log_prob", "confidence", "entropy"})
+        read = holes if wide else open_holes
         width = holes.shape[1]
-        logits = self.denoiser.head(features[:, self.start : self.start + width][read])
+        features = self.denoiser.features(self.ids, self.valid)[:, self.start : self.start + width]
+        self.forwards += len(self.rows)
+        logits = self.denoiser.head(features[read])
         uniforms = None if self.token_noise is None else self.token_noise[self.rows, step, :width][read]
         tokens, ranking = sampler.propose(logits, uniforms)
-        if self.order_noise is not None:
-            scores = self.order_noise[self.rows, step, :width][read].float()
+        noise = None if self.order_noise is None else self.order_noise[self.rows, step, :, :width]
+        if sampler.rule.confidence == "random":
+            assert noise is not None
+            scores = noise[:, 0][read].float()
         else:
-            scores = confidence(ranking, tokens, sampler.rule.confidence)  # type: ignore[arg-type]
+            scores = confidence(ranking, tokens, sampler.rule.confidence)
 
         guess = updated = response.masked_scatter(read, tokens)
         score = seen = torch.full(holes.shape, -torch.inf, device=holes.device).masked_scatter_(read, scores)
         if read is not open_holes:
-            seen = score.masked_fill(~open_holes, -torch.inf)
             updated = torch.where(open_holes, guess, response)
-        view = StepView(open=open_holes, score=seen, remain=remain, last=last)
+        done = torch.full_like(self.rows, step)
+        view = StepView(
+            open=open_holes, score=score, remain=slot.remain, last=slot.last, step=slot.step, steps=slot.steps,
+            done=done, planned=self.planned[self.rows], noise=noise,
+        )  # fmt: skip
+        if sampler.transform is not None:
+            score = seen = sampler.transform.apply(score, guess, view, self.denoiser.spec)
+        if read is not open_holes:
+            seen = score.masked_fill(~open_holes, -torch.inf)
+        view.score = seen
+        if self.network is not None:
+            shown = score.masked_fill(~read, 0)
+            view.preference = self._preference(holes, in_block, inside, shown, view, features)
         updated = updated.masked_fill(sampler.rule.holes_after(view, self.state), self.mask_id)
         if self.needs:
-            self._record(step, response, holes, read, guess, score, logits, tokens, updated)
+            self._record(step, response, holes, read, guess, score, logits, tokens, updated, in_block, view)
         response.copy_(updated)
 
-    def _progress(self, step: int, holes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(b,) each: the current block, the holes to leave in the open blocks, and whether it is the block's last
-        step."""
+    def _preference(
+        self, holes: Tensor, in_block: Tensor, inside: Tensor, confidence: Tensor, view: StepView, features: Tensor
+    ) -> Tensor:
+        """(b, R) logits of the rule's network."""
+        assert self.network is not None and view.done is not None and view.planned is not None
+        network, module = self.network
+        inputs = UnmaskInputs(
+            masked=holes,
+            block=in_block,
+            confidence=confidence,
+            valid=inside,
+            step=view.done,
+            planned=view.planned,
+            features=features if network.reads_features else None,
+        )
+        return module(inputs)
+
+    def _slot(self, step: int, holes: Tensor) -> Slot:
+        """What the schedule says of this step; rules that set their own pace only have the current block."""
         if self.timetable is not None:
-            return self.timetable.columns[step]
+            return self.timetable.slots[step]
+        block = torch.where(holes, self.block_of, self.blocks).amin(1)
         nothing = torch.zeros_like(self.rows)
-        return torch.where(holes, self.block_of, self.blocks).amin(1), nothing, nothing.bool()
+        return Slot(block, nothing, nothing.bool(), torch.full_like(self.rows, step), self.planned[self.rows])
 
     def _retire(self, step: int) -> Tensor:
         """Let the rows leave that are finished before ``step``; returns the holes (b, R) of the others."""
@@ -245,9 +278,12 @@ class _Chains:
         elif self.timetable is not None and min(self.timetable.ends, default=0) > step:
             # The timetable is known on the host: asking the device whether a row is done would wait for it.
             return holes
+        # A rule that sets its own pace may waste steps; a chain that has none left keeps its holes.
         done = ~holes.any(1)
         if self.timetable is not None:
             self._check_rule(done, step)
+        else:
+            done |= self.planned[self.rows] <= step
         if bool(done.any()):
             self._leave(done, response, step)
             holes = holes[~done, : self.editable.shape[1]]
@@ -304,16 +340,22 @@ class _Chains:
         logits: Tensor,
         tokens: Tensor,
         updated: Tensor,
+        in_block: Tensor,
+        view: StepView,
     ) -> None:
         filled = holes & (updated != self.mask_id)
-        values: dict[str, Callable[[], Tensor]] = {
+        values: dict[str, Callable[[], Tensor | None]] = {
             "states": response.clone,
             "guesses": guess.clone,
             "confidence": lambda: score.masked_fill(~read, 0),
             "log_prob": lambda: torch.zeros_like(score).masked_scatter_(
                 read, token_log_prob(logits, tokens, self.sampler.temperature or 1.0)
             ),
+            "entropy": lambda: torch.zeros_like(score).masked_scatter_(read, -confidence(logits, tokens, "entropy")),
             "revealed": lambda: filled,
+            "block": in_block.clone,
+            "order": lambda: filled.long() if view.order is None else view.order,
+            "order_log_prob": lambda: view.order_log_prob,
             "taken_back": lambda: ~holes & self.editable & (updated == self.mask_id),
         }
         for name in self.needs:
@@ -321,36 +363,40 @@ class _Chains:
                 came = self.step_map[self.rows, : filled.shape[1]]
                 self.step_map[self.rows, : filled.shape[1]] = torch.where(filled, step, came)
             else:
-                self.records[name].append(self._spread(name, values[name]()))
+                value = values[name]()
+                assert value is not None  # `refused_fields` let no reader ask for what the rule does not set
+                self.records[name].append(self._spread(name, value))
 
     def _spread(self, name: str, value: Tensor) -> Tensor:
         """Live rows (b, r) of a record laid out over the whole batch (B, R); finished rows keep their final state."""
+        if value.dim() == 1:
+            return value.new_zeros(len(self.final)).index_copy_(0, self.rows, value)
         full = self.final.clone() if name in ("states", "guesses") else value.new_zeros(self.final.shape)
         full[self.rows, : value.shape[1]] = value
         return full
 
     def _empty_record(self, name: str) -> Tensor:
         batch, width = self.final.shape
-        kind = {
-            "states": torch.long,
-            "guesses": torch.long,
-            "confidence": torch.float32,
-            "log_prob": torch.float32,
-        }
+        if name == "order_log_prob":
+            return torch.zeros(batch, 0)
+        whole = dict.fromkeys(("states", "guesses", "order"), torch.long)
+        kind = whole | dict.fromkeys(("confidence", "log_prob", "entropy"), torch.float32)
         return torch.zeros(batch, 0, width, dtype=kind.get(name, torch.bool))
 
     def _draw_noise(
         self, seeds: Sequence[int], lengths: list[int], steps: int, width: int
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Uniforms (B, S, R) for tokens and for a random order, each row from its own seed and length alone."""
+        """Uniforms (B, S, R) for tokens and (B, S, channels, R) for the rule, each row from its own seed and length."""
         wants_tokens = self.sampler.temperature > 0
-        wants_order = self.sampler.rule.confidence == "random"
-        if not (wants_tokens or wants_order):
+        channels = self.sampler.rule.channels
+        if not (wants_tokens or channels):
             return None, None
-        noise = torch.zeros(2, len(lengths), steps, width, dtype=torch.float64)
+        # One channel is drawn for a rule that wants none, so that the tokens' noise is the same under most rules.
+        noise = torch.zeros(1 + max(1, channels), len(lengths), steps, width, dtype=torch.float64)
         for row, (seed, length) in enumerate(zip(seeds, lengths, strict=True)):
             stream = torch.Generator().manual_seed(seed)
-            drawn = torch.rand(steps, 2, length, dtype=torch.float64, generator=stream)
+            drawn = torch.rand(steps, len(noise), length, dtype=torch.float64, generator=stream)
             noise[:, row, :, :length] = drawn.transpose(0, 1)
         device = self.denoiser.device
-        return (noise[0].to(device) if wants_tokens else None), (noise[1].to(device) if wants_order else None)
+        order = noise[1:].permute(1, 2, 0, 3).to(device) if channels else None
+        return (noise[0].to(device) if wants_tokens else None), order

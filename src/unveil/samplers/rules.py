@@ -1,21 +1,24 @@
 """Decoding rules: which holes a step fills, and which tokens it takes back.
 
-A step goes *propose -> score -> decide -> commit*. The loop proposes a token for every hole that is open (in the
-current
-block or an earlier one) and scores it; the rule decides which positions are holes afterwards; the loop commits. A rule
-that remembers something across steps keeps it in ``state``, a dict of tensors (b, R, ...).
+A step goes *propose -> score -> transform -> decide -> commit*. The loop proposes a token for every hole that is open
+(in the current block or an earlier one) and scores it; a transform may change scores; the rule decides which positions
+are holes afterwards; the loop commits. A rule that remembers something across steps keeps it in ``state``, a dict of
+tensors (b, R, ...).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
-from unveil.registry import Plugin
+from unveil.denoisers.base import MaskedDenoiser
+from unveil.denoisers.unmask import UnmaskNetwork, load_unmask
+from unveil.registry import Plugin, UserError
+from unveil.samplers.actions import Action, PlackettLuce
 from unveil.samplers.tokens import Confidence
 
 State = dict[str, Tensor]
@@ -30,12 +33,26 @@ class StepView:
         score: (b, R) how certain the proposal is, -inf where ``open`` is False.
         remain: (b,) how many of the open blocks' positions the schedule wants to be holes after this step.
         last: (b,) True at the last step that the schedule has for this block.
+        step, steps: (b,) the step's place within its block, from 0, and the block's number of steps.
+        done, planned: (b,) the same for the whole chain; rules that set their own pace have no others.
+        noise: (b, channels, R) float64 uniforms of this step; None where the rule asks for none.
+        preference: (b, R) logits of a learned rule's network; None for other rules.
+        order: (b, R) set by a learned rule: 0 where a position stays, else its rank from 1.
+        order_log_prob: (b,) set with it.
     """
 
     open: Tensor
     score: Tensor
     remain: Tensor
     last: Tensor
+    step: Tensor | None = None
+    steps: Tensor | None = None
+    done: Tensor | None = None
+    planned: Tensor | None = None
+    noise: Tensor | None = None
+    preference: Tensor | None = None
+    order: Tensor | None = None
+    order_log_prob: Tensor | None = None
 
 
 class Rule(Plugin, family="rule"):
@@ -43,10 +60,20 @@ class Rule(Plugin, family="rule"):
 
     takes_back: ClassVar[bool] = False
     """True if a token may become a hole again (then step maps are not exact)."""
-    follows_schedule: ClassVar[bool] = True
+    follows_schedule: bool = True
     """False for rules whose number of steps depends on the model: a block then ends when it has no holes."""
+    channels: int = 0
+    """Uniforms per position and step that the rule draws from besides the tokens'."""
     confidence: Confidence | Literal["random"]
     """How proposals are scored; ``random`` draws uniform scores from the chain's own seed."""
+
+    def network(self, denoiser: MaskedDenoiser) -> tuple[UnmaskNetwork, nn.Module] | None:
+        """The network whose logits the rule reads; None: it has none.
+
+        Raises:
+            UserError: the rule needs one, and the denoiser carries none.
+        """
+        return None
 
     def start(self, chains: int, width: int, device: torch.device) -> State:
         """Fresh state for ``chains`` chains of ``width`` response positions: tensors (chains, width, ...)."""
@@ -71,6 +98,7 @@ class LowConfidence(Rule, name="lcr"):
 class Random(Rule, name="random"):
     """Commit uniformly drawn positions: the order of the true reverse process."""
 
+    channels = 1
     confidence: Literal["random"] = "random"
 
     def holes_after(self, view: StepView, state: State) -> Tensor:
@@ -101,7 +129,7 @@ class Entropy(Rule, name="entropy"):
 class Threshold(Rule, name="threshold"):
     """Commit every proposal at least as probable as ``threshold``, the best one in any case (Fast-dLLM, 2505.22618)."""
 
-    follows_schedule: ClassVar[bool] = False
+    follows_schedule = False
     confidence: Literal["probability"] = "probability"
     threshold: Annotated[float, Field(ge=0, le=1)] = 0.9
     """Least probability that commits on its own."""
@@ -124,7 +152,7 @@ class Factor(Rule, name="factor"):
     Fast-dLLM, 2505.22618.
     """
 
-    follows_schedule: ClassVar[bool] = False
+    follows_schedule = False
     confidence: Literal["probability"] = "probability"
     factor: Annotated[float, Field(gt=0)] = 1.0
     """Larger commits more tokens a step."""
@@ -172,6 +200,50 @@ class RunningConfidence(Rule, name="rcr"):
         uncertainty = torch.where(filled, -running, -torch.inf)
         holes = certainty_rank(uncertainty) < view.remain[:, None]
         return holes & filled & ~view.last[:, None]
+
+
+@dataclass(kw_only=True)
+class Policy(Rule, name="policy"):
+    """A network decides which positions are committed (DCoLT, 2505.10446; unmasking policies, 2512.09106).
+
+    The network is the one that the denoiser carries, or that of a file (``unveil decode --rule policy:PATH``).
+    """
+
+    path: str | None = None
+    """A file written by a training run (unmask.safetensors); None: what the denoiser carries."""
+    action: Action = field(default_factory=PlackettLuce)
+    """How its logits become a choice. Those that use the schedule's counts follow the schedule, others set the pace."""
+    greedy: bool = False
+    """Take the likeliest choice instead of drawing one."""
+    confidence: Confidence = "peak"
+    """What the network is told of every hole."""
+
+    def __post_init__(self) -> None:
+        self.follows_schedule = self.action.uses_count
+        self.channels = 0 if self.greedy else self.action.channels
+        self._loaded: dict[int, tuple[UnmaskNetwork, nn.Module]] = {}
+
+    def network(self, denoiser: MaskedDenoiser) -> tuple[UnmaskNetwork, nn.Module]:
+        if self.path is None:
+            if denoiser.unmask is None or denoiser.unmask_network is None:
+                raise UserError("rule policy: the model carries no unmasking policy (give rule.path)")
+            return denoiser.unmask_network, denoiser.unmask
+        dim = denoiser.spec.feature_dim
+        if dim not in self._loaded:
+            network, module = load_unmask(self.path, dim)
+            self._loaded[dim] = network, module.to(denoiser.device).eval()
+        return self._loaded[dim]
+
+    def holes_after(self, view: StepView, state: State) -> Tensor:
+        assert view.preference is not None
+        noise = view.noise
+        if noise is None:  # the same at every position: the likeliest choice
+            shape = (len(view.open), self.action.channels, view.open.shape[1])
+            noise = torch.full(shape, 0.5, dtype=torch.float64, device=view.open.device)
+        count = view.open.sum(1) - view.remain
+        view.order = self.action.sample(view.preference, view.open, count, noise)
+        view.order_log_prob = self.action.log_prob(view.preference, view.open, view.order)
+        return view.open & (view.order == 0)
 
 
 def least_certain(view: StepView) -> Tensor:

@@ -23,6 +23,27 @@ class Schedule(Plugin, family="schedule"):
         """
         raise NotImplementedError
 
+    def layout(self, width: int, block_length: int | None, steps: int) -> list[tuple[int, int]]:
+        """Size and local steps of every block, left to right, for responses of at most ``width`` tokens.
+
+        Here: blocks of ``block_length`` (None: one), the last maybe shorter, with an equal share of the steps each.
+        """
+        size = block_length or width
+        blocks = math.ceil(width / size)
+        return [(min(size, width - start), max(1, steps // blocks)) for start in range(0, width, size)]
+
+    def check_fits(self, width: int, block_length: int | None, steps: int) -> None:
+        """Refuse step counts that do not divide into the blocks of a response.
+
+        Raises:
+            UserError: naming the key and what is allowed.
+        """
+        blocks = math.ceil(width / (block_length or width))
+        if steps % blocks:
+            raise UserError(f"steps: {steps} do not divide into {blocks} blocks (allowed: multiples of {blocks})")
+        if steps > width:
+            raise UserError(f"steps: {steps} do not fit a response of {width} tokens (each reveals one or more)")
+
     def counts(self, n: int, steps: int) -> list[int]:
         """Tokens revealed by each of ``steps`` steps: sum n, never negative, zero where the schedule says so.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,38 +12,67 @@ from torch import Tensor
 from unveil.samplers.schedules import Schedule
 
 
+class Slot(NamedTuple):
+    """What the schedule says of one step of b rows; all (b,).
+
+    Attributes:
+        block: the current block.
+        remain: holes to leave in the open blocks.
+        last: whether it is the block's last step.
+        step, steps: its place among the steps of the block, from 0, and how many the block has.
+    """
+
+    block: Tensor
+    remain: Tensor
+    last: Tensor
+    step: Tensor
+    steps: Tensor
+
+
 class Timetable:
     """What a schedule says about every step of b rows, known before the first.
 
     Attributes:
         ends: the number of steps of every row, on the host.
-        columns: of every step, (b,) each: the block, the holes left in the open blocks, whether it is the block's last.
+        slots: one per step.
     """
 
     def __init__(self, table: Tensor, ends: list[int]) -> None:
-        """From ``table`` (3, b, S), the block, what remains, and 1 at the last step of a block."""
+        """From ``table`` (5, b, S), the fields of `Slot`."""
         self.table, self.ends = table, ends
-        block, remain, last = table
-        self.columns = list(zip(block.unbind(1), remain.unbind(1), last.bool().unbind(1), strict=True))
+        block, remain, last, step, steps = (part.unbind(1) for part in table)
+        self.slots = [Slot(*row) for row in zip(block, remain, [x.bool() for x in last], step, steps, strict=True)]
 
     @classmethod
-    def of(cls, holes: Tensor, block_length: int, schedule: Schedule, steps: int, device: torch.device) -> Timetable:
-        """For rows that start with ``holes`` (b, R), decoded in ``steps`` steps a block.
+    def of(
+        cls, holes: Tensor, layout: Sequence[tuple[int, int]], schedule: Schedule, device: torch.device
+    ) -> Timetable:
+        """For rows that start with ``holes`` (b, R), decoded in blocks of the sizes and local steps of ``layout``.
 
         Steps that would reveal nothing are left out: they would cost a forward pass and decide nothing.
         """
-        remains: list[list[int]] = []
-        for n in range(min(block_length, holes.shape[1]) + 1):
-            counts = schedule.counts(n, steps)
-            left = (n - done for done in itertools.accumulate(counts))
-            remains.append([after for after, count in zip(left, counts, strict=True) if count])
+        remains: dict[tuple[int, int], list[tuple[int, int]]] = {}
+
+        def after(n: int, steps: int) -> list[tuple[int, int]]:
+            """(local step, holes left) of the steps that reveal something."""
+            if (n, steps) not in remains:
+                counts = schedule.counts(n, steps)
+                left = (n - done for done in itertools.accumulate(counts))
+                pairs = enumerate(zip(left, counts, strict=True))
+                remains[n, steps] = [(step, rest) for step, (rest, count) in pairs if count]
+            return remains[n, steps]
+
+        starts = [0, *itertools.accumulate(size for size, _ in layout)]
         rows = []
         for row in holes.tolist():
-            sizes = [sum(row[start : start + block_length]) for start in range(0, len(row), block_length)]
-            rows.append([(block, left, left == 0) for block, n in enumerate(sizes) for left in remains[n]])
+            rows.append([
+                (block, rest, rest == 0, step, steps)
+                for block, (start, (size, steps)) in enumerate(zip(starts, layout, strict=False))
+                for step, rest in after(sum(row[start : start + size]), steps)
+            ])  # fmt: skip
         ends = [len(row) for row in rows]
-        padded = [row + [(0, 0, True)] * (max(ends) - len(row)) for row in rows]
-        table = torch.tensor(padded, dtype=torch.long).reshape(len(rows), -1, 3)
+        padded = [row + [(0, 0, True, 0, 1)] * (max(ends) - len(row)) for row in rows]
+        table = torch.tensor(padded, dtype=torch.long).reshape(len(rows), -1, 5)
         return cls(table.permute(2, 0, 1).to(device), ends)
 
     def rows(self, keep: Tensor) -> Timetable:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from unveil.processes.masked import integer_weights, row_chunks, sample_categori
 
 __all__ = ["Confidence", "confidence", "filter_logits", "sample_categorical", "token_log_prob"]
 
-Confidence = Literal["probability", "margin", "entropy"]
+Confidence = Literal["probability", "margin", "entropy", "peak"]
 
 
 def filter_logits(logits: Tensor, top_k: int | None = None, top_p: float | None = None) -> Tensor:
@@ -40,13 +40,13 @@ def confidence(logits: Tensor, tokens: Tensor, kind: Confidence) -> Tensor:
     """How certain softmax(logits (N, V)) is, (N,) float32, higher = more certain.
 
     ``probability``: p[tokens]; ``margin``: the largest minus the second largest p; ``entropy``: sum p log p,
-    the negative entropy. The last two do not look at ``tokens (N,)``.
+    the negative entropy; ``peak``: the largest p. The last three do not look at ``tokens (N,)``.
 
     Raises:
         ValueError: an unknown kind.
     """
-    if kind not in ("probability", "margin", "entropy"):
-        raise ValueError(f"confidence {kind!r} is unknown (allowed: entropy, margin, probability)")
+    if kind not in get_args(Confidence):
+        raise ValueError(f"confidence {kind!r} is unknown (allowed: {', '.join(sorted(get_args(Confidence)))})")
     parts = row_chunks(logits)
     if len(parts) == 1:
         return _rows_confidence(logits, tokens, kind)
@@ -58,6 +58,8 @@ def _rows_confidence(logits: Tensor, tokens: Tensor, kind: Confidence) -> Tensor
     probs = logits.float().softmax(-1)
     if kind == "probability":
         return probs.gather(-1, tokens[:, None])[:, 0]
+    if kind == "peak":
+        return probs.amax(-1)
     if kind == "margin":
         best = probs.topk(2, dim=-1).values
         return best[:, 0] - best[:, 1]

@@ -35,7 +35,7 @@ from unveil.learning.advantages import Advantage, normalise_by_group, terminal
 from unveil.learning.likelihoods import TrajectoryLikelihood, Views
 from unveil.learning.objectives import Clipped, Kl, Weighting
 from unveil.learning.selectors import TopAdvantage
-from unveil.samplers.masked import MaskedSampler
+from unveil.samplers.base import Sampler
 from unveil.samplers.trajectory import Trajectory
 from unveil.systems import System
 from unveil.tasks.evaluate import Judged, over_denoised
@@ -55,6 +55,7 @@ class StepImprovement(Advantage, name="improvement"):
     """What step s improved, plus how well the chain went on from there; normalised per step over the group."""
 
     reads_guesses: ClassVar[bool] = True
+    per_step: ClassVar[bool] = True
     terms: Literal["difference+future", "difference", "future", "terminal", "step", "from_here"] = "difference+future"
     """The paper's sum, or an ablation: difference r_s - r_{s-1} only, mean of later rewards only, the finished
     response's reward at every step, the step's own reward (the code's v1), the mean reward from s on (v2)."""
@@ -91,7 +92,9 @@ class StepWeighting(Weighting, name="mdpo"):
     length_ratio: bool = True
     """The factor L/n of the policy term: late steps, with few holes, weigh more per token."""
 
-    def weights(self, views: Views, trajectory: Trajectory, total: Callable[[float], float]) -> tuple[Tensor, Tensor]:
+    def weights(
+        self, views: Views, advantage: Tensor, trajectory: Trajectory, total: Callable[[float], float]
+    ) -> tuple[Tensor, Tensor]:
         holes = views.holes[:, None] + 1e-4
         each = views.scored / holes / total(float(len(trajectory)))
         if self.confidence:
@@ -107,7 +110,7 @@ class StepWeighting(Weighting, name="mdpo"):
 class OverDenoising(ProblemFilter, name="over_denoising"):
     """Keep the problems on which some intermediate guess is right and the finished response is wrong."""
 
-    decoder: MaskedSampler
+    decoder: Sampler
     """The training decoder at temperature 0."""
     pool: Annotated[int, Field(ge=1)] = 512
     """Candidates per epoch."""

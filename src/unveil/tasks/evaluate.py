@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from unveil.denoisers.base import MaskedDenoiser
+from unveil.samplers.base import Sampler
 from unveil.samplers.canvas import Canvas
-from unveil.samplers.masked import MaskedSampler
 from unveil.samplers.text import encode_prompts, response_texts
 from unveil.samplers.trajectory import Trajectory
 from unveil.seeds import derive_seed
@@ -103,7 +103,7 @@ def evaluate(
     denoiser: MaskedDenoiser,
     task: Task,
     problems: Sequence[Problem],
-    sampler: MaskedSampler,
+    sampler: Sampler,
     *,
     response_length: int,
     seed: int = 0,
@@ -138,16 +138,22 @@ def evaluate(
 def sample_problems(
     denoiser: MaskedDenoiser,
     problems: Sequence[Problem],
-    sampler: MaskedSampler,
+    sampler: Sampler,
     *,
     response_length: int,
     seed: int,
     needs: set[str],
     batch_size: int | None = None,
     on_batch: Callable[[int], None] | None = None,
+    initial: Sequence[Sequence[int]] | None = None,
+    frozen: Sequence[Sequence[bool]] | None = None,
 ) -> Trajectory:
-    """One chain per problem; a problem that is listed G times gets G chains with noise of their own."""
-    canvas = Canvas.of(encode_prompts(denoiser, [p.prompt for p in problems]), response_length, denoiser.spec)
+    """One chain per problem; a problem that is listed G times gets G chains with noise of their own.
+
+    ``initial`` and ``frozen`` say where responses start (`Canvas.of`).
+    """
+    prompts = encode_prompts(denoiser, [p.prompt for p in problems])
+    canvas = Canvas.of(prompts, response_length, denoiser.spec, initial=initial, frozen=frozen)
     copies: dict[str, int] = {}
     seeds = []
     for problem in problems:

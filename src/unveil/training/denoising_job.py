@@ -14,8 +14,8 @@ from unveil.denoisers.base import MaskedDenoiser
 from unveil.learning.denoising import Corrupted, corrupt, elbo_loss
 from unveil.processes.masked import MaskedProcess
 from unveil.registry import UserError
+from unveil.samplers.base import Sampler
 from unveil.samplers.canvas import Canvas
-from unveil.samplers.masked import MaskedSampler
 from unveil.samplers.text import response_ids
 from unveil.seeds import derive_seed, generator
 from unveil.tasks.base import Task
@@ -61,7 +61,7 @@ class DenoisingEval:
     """Held-out problems."""
     task: Task | None = None
     """Whose problems; None: the first of ``data.tasks``."""
-    decoders: dict[str, MaskedSampler] = field(default_factory=dict)
+    decoders: dict[str, Sampler] = field(default_factory=dict)
     """Named ways to decode; none: only the loss is logged."""
 
 
@@ -83,6 +83,7 @@ class DenoisingJob:
             raise UserError("eval.task: needed to evaluate a model that is trained on a file")
         for sampler in evaluation.decoders.values():
             sampler.check_fits(data.response_length)
+            sampler.check_denoiser(self.denoiser)
         self.task = task
         self.held_out = task.problems("test", evaluation.problems, seed) if task and evaluation.decoders else []
 

@@ -3,7 +3,7 @@ rollouts and the gradient steps on it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
@@ -12,11 +12,11 @@ from pydantic import Field
 from torch import Tensor
 
 from unveil.learning.advantages import Advantage, GroupAdvantage, terminal
-from unveil.learning.likelihoods import Likelihood, TrajectoryLikelihood, Views
-from unveil.learning.objectives import Clipped, Kl, Objective, TokenMean, Weighting
-from unveil.learning.scoring import score_tokens
+from unveil.learning.likelihoods import Inner, Likelihood, Scores, TokenFilter, TrajectoryLikelihood, Views, without
+from unveil.learning.objectives import Clipped, Kl, Objective, TokenMean, Weighting, unit_of
 from unveil.learning.selectors import AllSteps, Selector
 from unveil.registry import Plugin, UserError
+from unveil.samplers.base import Sampler
 from unveil.samplers.masked import MaskedSampler
 from unveil.samplers.text import encode_prompts
 from unveil.samplers.trajectory import Trajectory
@@ -25,6 +25,7 @@ from unveil.tasks.base import Problem, Task
 from unveil.tasks.evaluate import Judged, evaluate, judge, over_denoised, sample_problems
 from unveil.training.log import RunLog
 from unveil.training.records import sample_records, trajectory_records
+from unveil.training.rollouts import GroupHook, Rollouts, Shaping
 from unveil.training.trainer import Optimise, Trainer
 
 
@@ -35,7 +36,7 @@ class ProblemFilter(Plugin, family="filter"):
     """Candidates per epoch."""
     every: Annotated[int, Field(ge=1)]
     """Updates per epoch."""
-    decoder: MaskedSampler
+    decoder: Sampler
     """How candidates are decoded."""
 
     def keep(self, judged: Judged) -> Tensor:
@@ -47,7 +48,7 @@ class ProblemFilter(Plugin, family="filter"):
 class RolloutConfig:
     """How samples are drawn for training."""
 
-    sampler: MaskedSampler
+    sampler: Sampler
     """The decoder; its temperature is also that of the log-probabilities."""
     response_length: Annotated[int, Field(ge=1)] = 12
     """Response positions."""
@@ -69,16 +70,22 @@ class PolicyConfig:
     """Problems and verifier."""
     reward: Literal["correct", "score"] = "correct"
     """1 for a solved problem and 0 otherwise, or the task's shaped score. Both are always logged."""
+    shaping: Shaping | None = None
+    """Changes the reward by how the chain came about; None: it stays."""
     rollout: RolloutConfig
     """How samples are drawn."""
     filter: ProblemFilter | None = None
     """Which problems are worth training on; None: all."""
+    groups: GroupHook | None = None
+    """Repairs or extends groups before advantages are taken; None: they stay as sampled."""
     advantage: Advantage = field(default_factory=GroupAdvantage)
     """What was good."""
     selector: Selector = field(default_factory=AllSteps)
     """Which steps are trained on (for likelihoods that have steps)."""
     likelihood: Likelihood = field(default_factory=TrajectoryLikelihood)
     """What stands in for log p."""
+    token_filter: TokenFilter | None = None
+    """Which tokens count, by the entropy of the policy that drew them; None: all."""
     objective: Objective = field(default_factory=Clipped)
     """How it becomes a loss."""
     weighting: Weighting = field(default_factory=TokenMean)
@@ -87,6 +94,21 @@ class PolicyConfig:
     """What holds the policy back."""
     inner_updates: Annotated[int, Field(ge=1)] = 1
     """Gradient steps on the same rollouts, with stored old log-probabilities."""
+
+    def __post_init__(self) -> None:
+        advantage, likelihood = self.advantage, self.likelihood
+        if not advantage.per_step:
+            return
+        if self.objective.level == "sequence":
+            raise UserError(
+                f"objective.level: 'sequence' takes one advantage per chain, and {advantage.name!r} gives one per step "
+                "(allowed: token, step)"
+            )
+        if not likelihood.per_step:
+            raise UserError(
+                f"likelihood: {likelihood.name!r} takes one advantage per chain, and {advantage.name!r} gives one per "
+                "step (allowed: a likelihood of steps, such as trajectory)"
+            )
 
 
 @dataclass(kw_only=True)
@@ -97,7 +119,7 @@ class PolicyEval:
     """Updates between two evaluations."""
     problems: Annotated[int, Field(ge=1)] = 512
     """Held-out problems."""
-    decoders: dict[str, MaskedSampler]
+    decoders: dict[str, Sampler]
     """Named ways to decode."""
     shown: Annotated[int, Field(ge=0)] = 8
     """Problems whose completions and trajectories are kept for the report, the same at every evaluation."""
@@ -120,7 +142,11 @@ class PolicyJob:
         rollout = policy.rollout
         for sampler in [*self._training_samplers(), *evaluation.decoders.values()]:
             sampler.check_fits(rollout.response_length)
-        if rollout.sampler.temperature == 0:
+            sampler.check_denoiser(self.denoiser)
+        policy.likelihood.check_fits(rollout.sampler, self.denoiser)
+        if policy.groups is not None:
+            policy.groups.check_fits(rollout.sampler, rollout.group_size, rollout.response_length)
+        if rollout.sampler.temperature == 0 and policy.likelihood.scores_tokens:
             raise UserError(
                 "policy.rollout.sampler.temperature: should be greater than 0, got 0 (a group would be all equal)"
             )
@@ -139,36 +165,44 @@ class PolicyJob:
         self.scored = 0
 
     def update(self, update: int, optimise: Optimise) -> dict[str, Any]:
+        policy = self.policy
         problems = self.trainer.ranks.share(self._problems(update))
-        group_size = self.policy.rollout.group_size
-        rows = [problem for problem in problems for _ in range(group_size)]
-        group = torch.arange(len(problems)).repeat_interleave(group_size)
-        trajectory = self._rollout(rows, update)
-        judged = judge(self.policy.task, rows, self.denoiser, trajectory)
-        rewards = self._rewards(judged, trajectory)
-        advantages = self.policy.advantage.advantages(rewards, trajectory.active, group)
-        seeds = [
-            derive_seed(self.seed, "chain", update, problem.id, row % group_size) for row, problem in enumerate(rows)
-        ]
-        chosen = trajectory.active
-        if self.policy.likelihood.per_step:
-            chosen = self.policy.selector.choose(advantages, trajectory.active, seeds)
-        inner = self.policy.inner_updates
-        batches = [self._batch(trajectory, advantages, chosen, seeds, number) for number in range(inner)]
-        if inner > 1:
-            for batch in batches:  # before the first gradient step: the policy that drew the rollouts
-                batch.old = self._score_all(batch)
-        if self.policy.kl.beta > 0:
+        size = policy.rollout.group_size
+        rows = [problem for problem in problems for _ in range(size)]
+        sampled = self._roll(update, rows, torch.arange(len(problems)).repeat_interleave(size))
+        rollouts, metrics = sampled, self._metrics(sampled)
+        if policy.groups is not None:
+
+            def roll(problems: Sequence[Problem], group: Tensor, **how: Any) -> Rollouts:
+                return self._roll(update, list(problems), group, **how)
+
+            rollouts, said = policy.groups.apply(sampled, roll, self.denoiser)
+            metrics |= said
+        trajectory = rollouts.trajectory
+        advantages = policy.advantage.advantages(rollouts.rewards, trajectory.active, rollouts.group)
+        metrics |= {
+            "advantage_abs": (advantages.abs().sum() / trajectory.active.sum().clamp(min=1)).item(),
+            "zero_variance_groups": _equal_groups(rollouts).float().mean().item(),
+        }
+        chosen = trajectory.active.float()
+        if policy.likelihood.per_step:
+            chosen = policy.selector.choose(advantages, trajectory, rollouts.seeds, self.denoiser.spec)
+        inner = policy.inner_updates
+        views = inner if policy.likelihood.resamples else 1
+        batches = [self._batch(rollouts, advantages, chosen, Inner(number, inner)) for number in range(views)]
+        if policy.kl.beta > 0:
             with self.trainer.reference():
                 for batch in batches:
-                    batch.reference = self._score_all(batch)
-        metrics: dict[str, Any] = {}
-        for batch in batches:
-            metrics = optimise(self._losses(batch))
-            metrics |= batch.diagnostics.means()
-        self.trainer.cost.forwards += round(self.trainer.ranks.total(self.scored))
+                    batch.reference = [score.log_prob for score in self._score_all(batch.views, batch.parts)]
+        for number in range(inner):
+            batch = batches[number % views]
+            batch.diagnostics = _Means()
+            result: dict[str, Any] = optimise(self._losses(batch))
+            metrics |= result | batch.diagnostics.means()
+        cost = self.trainer.cost
+        cost.forwards += round(self.trainer.ranks.total(self.scored))
         self.scored = 0
-        return self._metrics(rewards, judged, trajectory, advantages) | metrics
+        return metrics | {"rollouts": cost.rollouts, "optimizer_steps": cost.optimizer_steps}
 
     def evaluate(self, update: int) -> None:
         length = self.policy.rollout.response_length
@@ -197,10 +231,13 @@ class PolicyJob:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.pool = [Problem(**problem) for problem in state["pool"]]
 
-    def _training_samplers(self) -> list[MaskedSampler]:
+    def _training_samplers(self) -> list[Sampler]:
         rollout = self.policy.rollout
-        lengths: list[int | None] = [*rollout.block_lengths] or [rollout.sampler.block_length]
-        own = [replace(rollout.sampler, block_length=length) for length in lengths]
+        own: list[Sampler] = [rollout.sampler]
+        if rollout.block_lengths:
+            if not isinstance(rollout.sampler, MaskedSampler):
+                raise UserError("policy.rollout.block_lengths: only for the sampler 'masked', which has blocks")
+            own = [replace(rollout.sampler, block_length=length) for length in rollout.block_lengths]
         return own + ([self.policy.filter.decoder] if self.policy.filter else [])
 
     def _problems(self, update: int) -> list[Problem]:
@@ -226,24 +263,58 @@ class PolicyJob:
         kept = [problem for problem, keeps in zip(candidates, keep, strict=True) if keeps]
         return kept or candidates
 
-    def _rollout(self, rows: list[Problem], update: int) -> Trajectory:
-        rollout = self.policy.rollout
-        sampler = rollout.sampler
-        if rollout.block_lengths:
-            pick = derive_seed(self.seed, "block length", update) % len(rollout.block_lengths)
-            sampler = replace(sampler, block_length=rollout.block_lengths[pick])
-        needs = set(self.policy.likelihood.needs | self.policy.weighting.needs)
-        if self.policy.advantage.reads_guesses:
-            needs.add("guesses")
+    def _roll(
+        self,
+        update: int,
+        problems: list[Problem],
+        group: Tensor,
+        *,
+        label: str = "",
+        sampler: Sampler | None = None,
+        initial: Sequence[Sequence[int]] | None = None,
+        frozen: Sequence[Sequence[bool]] | None = None,
+    ) -> Rollouts:
+        """Draw and judge one chain per problem; see `unveil.training.rollouts.Roll`."""
+        policy, rollout = self.policy, self.policy.rollout
+        own = [label] if label else []
         trajectory = sample_problems(
-            self.denoiser, rows, sampler, response_length=rollout.response_length,
-            seed=derive_seed(self.seed, "rollout", update), needs=needs, batch_size=rollout.batch_size,
+            self.denoiser, problems, sampler or self._sampler(update), response_length=rollout.response_length,
+            seed=derive_seed(self.seed, "rollout", update, *own), needs=self._needs(), batch_size=rollout.batch_size,
+            initial=initial, frozen=frozen,
         )  # fmt: skip
-        cost = self.trainer.cost
-        cost.rollouts += round(self.trainer.ranks.total(len(rows)))
+        ranks, cost = self.trainer.ranks, self.trainer.cost
+        cost.rollouts += round(ranks.total(len(problems)))
         cost.samples = cost.rollouts
-        cost.forwards += round(self.trainer.ranks.total(trajectory.forwards))
-        return trajectory
+        cost.forwards += round(ranks.total(trajectory.forwards))
+        judged = judge(policy.task, problems, self.denoiser, trajectory)
+        rewards = self._rewards(judged, trajectory)
+        if policy.shaping is not None:
+            rewards = policy.shaping.shape(rewards, trajectory)
+        copies: dict[str, int] = {}
+        seeds = []
+        for problem in problems:
+            copies[problem.id] = copies.get(problem.id, -1) + 1
+            seeds.append(derive_seed(self.seed, "chain", update, problem.id, copies[problem.id], *own))
+        return Rollouts(
+            problems=problems, group=group, trajectory=trajectory, judged=judged, rewards=rewards, seeds=seeds
+        )
+
+    def _sampler(self, update: int) -> Sampler:
+        rollout = self.policy.rollout
+        if not rollout.block_lengths:
+            return rollout.sampler
+        assert isinstance(rollout.sampler, MaskedSampler)
+        pick = derive_seed(self.seed, "block length", update) % len(rollout.block_lengths)
+        return replace(rollout.sampler, block_length=rollout.block_lengths[pick])
+
+    def _needs(self) -> set[str]:
+        """The trajectory fields that somebody will read."""
+        policy = self.policy
+        readers: list[Any] = [policy.likelihood, policy.weighting, policy.groups, policy.shaping]
+        if policy.likelihood.per_step:
+            readers.append(policy.selector)
+        needs = {name for reader in readers if reader is not None for name in reader.needs}
+        return needs | ({"guesses"} if policy.advantage.reads_guesses else set())
 
     def _rewards(self, judged: Judged, trajectory: Trajectory) -> Tensor:
         """(B, S) rewards; without guesses only the last active step is known."""
@@ -253,87 +324,133 @@ class PolicyJob:
         rewards = torch.zeros(trajectory.active.shape)
         return rewards.scatter_(1, trajectory.last_steps[:, None], torch.tensor(values)[:, None])
 
-    def _batch(
-        self, trajectory: Trajectory, advantages: Tensor, chosen: Tensor, seeds: list[int], inner: int
-    ) -> _Batch:
-        own = [derive_seed(seed, inner) for seed in seeds]
-        views = self.policy.likelihood.views(trajectory, chosen, own, self.denoiser.spec)
-        policy_weight, kl_weight = self.policy.weighting.weights(views, trajectory, self.trainer.ranks.total)
+    def _batch(self, rollouts: Rollouts, advantages: Tensor, chosen: Tensor, inner: Inner) -> _Batch:
+        policy, trajectory = self.policy, rollouts.trajectory
+        views = policy.likelihood.views(trajectory, chosen, rollouts.seeds, self.denoiser.spec, inner)
+        parts = self._parts(views)
+        old = None
+        weighed = views
+        if inner.count > 1 or policy.token_filter is not None:
+            # Before the first gradient step: by the policy that drew the rollouts.
+            scores = self._score_all(views, parts)
+            old = [score.log_prob for score in scores]
+            if policy.token_filter is not None and scores:
+                entropy = torch.cat([score.entropy for score in scores]).cpu()
+                weighed = without(views, policy.token_filter.keep(views, entropy, trajectory))
+        advantage = advantages[views.rows, views.steps]
+        policy_weight, kl_weight = policy.weighting.weights(weighed, advantage, trajectory, self.trainer.ranks.total)
+        if policy.likelihood.per_step:
+            policy_weight = policy_weight * chosen[views.rows, views.steps, None]
+        keeps_ratio = policy.token_filter is not None and policy.token_filter.keeps_ratio
         return _Batch(
-            views=views,
-            advantage=advantages[views.rows, views.steps],
+            views=views if keeps_ratio else weighed,
+            parts=parts,
+            advantage=advantage,
             policy_weight=policy_weight,
             kl_weight=kl_weight,
+            old=old,
         )
 
-    def _parts(self, batch: _Batch) -> Iterator[tuple[int, int]]:
+    def _parts(self, views: Views) -> list[tuple[int, int]]:
+        """Micro-batches of neighbouring views, none of which cuts what one ratio covers."""
+        if not len(views):
+            return []
+        whole = views.rows if self.policy.objective.level == "sequence" else views.rows * (1 << 32) + views.steps
+        first = (whole[1:] != whole[:-1]).nonzero().flatten() + 1
+        borders = [0, *first.tolist(), len(views)]
         size = self.trainer.optim.microbatch
-        for start in range(0, len(batch.views), size):
-            yield start, min(start + size, len(batch.views))
+        parts, start = [], 0
+        for border, after in zip(borders[1:], [*borders[2:], None], strict=True):
+            if after is None or after - start > size:
+                parts.append((start, border))
+                start = border
+        return parts
 
     @torch.no_grad()
-    def _score_all(self, batch: _Batch) -> list[Tensor]:
-        """Log-probabilities of every micro-batch's scored tokens, by the same calls that training makes."""
+    def _score_all(self, views: Views, parts: list[tuple[int, int]]) -> list[Scores]:
+        """The items of every micro-batch, by the same calls that training makes."""
         self.denoiser.train()
         with self.trainer.autocast():
-            return [self._score(batch.views.slice(*part))[0] for part in self._parts(batch)]
+            return [self._score(views.slice(*part)) for part in parts]
 
-    def _score(self, views: Views) -> tuple[Tensor, Tensor]:
-        """Log-probabilities (M,) and entropies (M,) of the scored tokens of some views."""
-        device = self.denoiser.device
-        self.scored += len(views)
-        features = self.denoiser.features(views.ids.to(device), views.valid.to(device))
-        row, column = (index.to(device) for index in views.scored.nonzero(as_tuple=True))
-        targets = views.targets.to(device)[row, column]
-        return score_tokens(
-            self.denoiser,
-            features[row, views.prompt_width + column],
-            targets,
-            self.policy.rollout.sampler.temperature,
-            entropy=True,
-        )
+    def _score(self, views: Views) -> Scores:
+        scores = self.policy.likelihood.score(self.denoiser, views, self.policy.rollout.sampler.temperature)
+        self.scored += scores.forwards
+        return scores
 
     def _losses(self, batch: _Batch) -> Iterator[Callable[[], Tensor]]:
-        for number, part in enumerate(self._parts(batch)):
+        for number, part in enumerate(batch.parts):
             yield lambda number=number, part=part: self._loss(batch, number, part)  # type: ignore[misc]
 
     def _loss(self, batch: _Batch, number: int, part: tuple[int, int]) -> Tensor:
-        views = batch.views.slice(*part)
-        log_prob, entropy = self._score(views)
-        old = batch.old[number] if batch.old is not None else log_prob.detach()
-        scored = views.scored
-        device = log_prob.device
-        advantage = batch.advantage[slice(*part), None].expand_as(scored)[scored].to(device)
-        weight = batch.policy_weight[slice(*part)][scored].to(device)
-        terms = self.policy.objective.terms(log_prob, old, advantage)
-        loss = (weight * terms).sum()
-        if len(log_prob):  # a step that revealed nothing can be alone in its micro-batch
-            batch.diagnostics.add({"entropy": entropy.mean().item()}, len(log_prob))
-            batch.diagnostics.add(self.policy.objective.diagnostics(log_prob.detach(), old, advantage), len(log_prob))
+        views, objective = batch.views.slice(*part), self.policy.objective
+        scores = self._score(views)
+        device = scores.log_prob.device
+        items, factors = views.items.to(device), views.factors.to(device)
+
+        def weighted(log_prob: Tensor) -> Tensor:
+            return (log_prob * factors)[items]
+
+        def per_item(value: Tensor) -> Tensor:
+            return value[slice(*part)].to(device)[items]
+
+        log_prob = weighted(scores.log_prob)
+        old = weighted(batch.old[number]) if batch.old is not None else log_prob.detach()
+        unit, count = _on(device, *unit_of(views, objective.level))
+        view = views.items.nonzero(as_tuple=True)[0].to(device)
+        advantage = torch.zeros(count, device=device)
+        advantage[unit] = batch.advantage[slice(*part)].to(device)[view]  # the same for all items of a unit
+        new, before = _sum(log_prob, unit, count), _sum(old, unit, count)
+        if objective.normalise:
+            share = views.length.to(device) / items.sum(1).clamp(min=1)
+            length = _sum(share[view], unit, count)
+            new, before = new / length, before / length
+        terms = objective.terms(new, before, advantage)
+        loss = (_sum(per_item(batch.policy_weight), unit, count) * terms).sum()
+        if count:  # a micro-batch may hold nothing that counts
+            batch.diagnostics.add({"entropy": scores.entropy[items].mean().item()}, len(log_prob))
+            batch.diagnostics.add(objective.diagnostics(new.detach(), before, advantage), count)
         if batch.reference is not None:
-            kl = self.policy.kl.terms(log_prob, batch.reference[number])
-            loss = loss + self.policy.kl.beta * (batch.kl_weight[slice(*part)][scored].to(device) * kl).sum()
-            if len(log_prob):
-                batch.diagnostics.add({"kl": kl.detach().mean().item()}, len(log_prob))
+            unit, count = _on(device, *unit_of(views, "token"))
+            kl = self.policy.kl.terms(_sum(log_prob, unit, count), _sum(weighted(batch.reference[number]), unit, count))
+            loss = loss + self.policy.kl.beta * (_sum(per_item(batch.kl_weight), unit, count) * kl).sum()
+            if count:
+                batch.diagnostics.add({"kl": kl.detach().mean().item()}, count)
         return loss
 
-    def _metrics(self, rewards: Tensor, judged: Judged, trajectory: Trajectory, advantages: Tensor) -> dict[str, Any]:
-        final = terminal(rewards, trajectory.active).view(-1, self.policy.rollout.group_size)
+    def _metrics(self, rollouts: Rollouts) -> dict[str, Any]:
+        """What the policy's own chains say, before any hook."""
+        trajectory, judged = rollouts.trajectory, rollouts.judged
+        final = terminal(rollouts.rewards, trajectory.active).view(-1, self.policy.rollout.group_size)
         active = trajectory.active
+        unfinished = ((trajectory.response_ids == trajectory.mask_id) & trajectory.response_valid).any(1)
         values: dict[str, Any] = {
             "reward": final.mean().item(),
-            "accuracy": sum(v.correct for v in judged.verdicts) / len(judged.verdicts),
+            "accuracy": rollouts.correct.float().mean().item(),
             "score": sum(v.score for v in judged.verdicts) / len(judged.verdicts),
             "group_reward_std": final.std(1).mean().item(),
-            "zero_variance_groups": (final.amax(1) == final.amin(1)).float().mean().item(),
-            "advantage_abs": (advantages.abs().sum() / active.sum().clamp(min=1)).item(),
-            "rollouts": self.trainer.cost.rollouts,
-            "optimizer_steps": self.trainer.cost.optimizer_steps,
+            "steps_per_chain": active.sum(1).float().mean().item(),
+            "unfinished": unfinished.float().mean().item(),
         }
         if judged.guess_correct is not None:
             values["over_denoising"] = over_denoised(judged).float().mean().item()
             values["guess_accuracy"] = (judged.guess_correct.sum(0) / active.sum(0).clamp(min=1)).tolist()
         return values
+
+
+def _equal_groups(rollouts: Rollouts) -> Tensor:
+    """(groups,) True where all finished responses of a group have the same reward: there is nothing to learn."""
+    final = terminal(rollouts.rewards, rollouts.trajectory.active)
+    return torch.tensor([len(final[rollouts.group == group].unique()) == 1 for group in rollouts.group.unique()])
+
+
+def _sum(values: Tensor, unit: Tensor, count: int) -> Tensor:
+    """(count,) sums of ``values`` (M,) over equal ``unit`` (M,)."""
+    return values.new_zeros(count).index_add(0, unit, values)
+
+
+def _on(device: torch.device, unit: Tensor, count: int) -> tuple[Tensor, int]:
+    return unit.to(device), count
 
 
 class _Means:
@@ -356,6 +473,7 @@ class _Batch:
     """The views of one gradient step with everything that is fixed before it."""
 
     views: Views
+    parts: list[tuple[int, int]]
     advantage: Tensor
     policy_weight: Tensor
     kl_weight: Tensor

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from unveil.denoisers.base import MaskedDenoiser
-from unveil.samplers.masked import MaskedSampler
+from unveil.samplers.base import Sampler
 from unveil.samplers.text import response_texts
 from unveil.samplers.trajectory import Trajectory
 from unveil.tasks.base import Problem, Task
@@ -32,7 +32,7 @@ def trajectory_records(
     denoiser: MaskedDenoiser,
     task: Task,
     problems: Sequence[Problem],
-    sampler: MaskedSampler,
+    sampler: Sampler,
     response_length: int,
     mark: Mapping[str, Any],
 ) -> Iterator[dict[str, Any]]:

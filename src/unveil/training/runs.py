@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -19,9 +19,10 @@ from unveil.denoisers.base import MaskedDenoiser
 from unveil.denoisers.load import load_denoiser
 from unveil.denoisers.tokenizer import TextTokenizer
 from unveil.denoisers.transformer import TransformerConfig, TransformerDenoiser
+from unveil.denoisers.unmask import UnmaskNetwork
 from unveil.recipe import to_yaml
 from unveil.registry import UserError
-from unveil.seeds import generator
+from unveil.seeds import derive_seed, generator
 from unveil.training.checkpoints import write_text
 from unveil.training.denoising_job import DenoisingConfig, DenoisingEval, DenoisingJob
 from unveil.training.distribution import Ranks
@@ -73,6 +74,10 @@ class BaseModel:
     """Model folder, run folder, or name of an embedded model."""
     lora: LoraSettings | None = None
     """Train low-rank adapters instead of all weights."""
+    unmask: UnmaskNetwork | None = None
+    """Give the model a fresh unmasking policy of this shape; None: it keeps the one that lies beside it, if any."""
+    train: Literal["all", "denoiser", "unmask"] = "all"
+    """What learns: everything, the denoiser alone, or the unmasking policy alone."""
 
 
 @dataclass(kw_only=True)
@@ -125,6 +130,9 @@ def train(recipe: TrainRecipe, run: Path, *, resume: bool = False, progress: Pro
     if recipe.model.lora is not None:
         torch.manual_seed(recipe.seed)  # peft draws its initial weights from the global generator
         adapter = Adapter(denoiser, recipe.model.lora)
+    if recipe.model.unmask is not None:
+        attach_unmask(denoiser, recipe.model.unmask, recipe.seed)
+    choose_trained(denoiser, recipe.model.train)
     trainer = Trainer(
         denoiser, recipe.optim, recipe.checkpoint, recipe.snapshots,
         updates=recipe.updates, eval_every=recipe.eval.every, run=run, ranks=ranks, adapter=adapter,
@@ -135,6 +143,30 @@ def train(recipe: TrainRecipe, run: Path, *, resume: bool = False, progress: Pro
         return PolicyJob(trainer, recipe.policy, recipe.eval, log, seed=recipe.seed)
 
     return _run(recipe, recipe.system, run, trainer, make, resume=resume, progress=progress)
+
+
+def attach_unmask(denoiser: MaskedDenoiser, network: UnmaskNetwork, seed: int) -> None:
+    """Give the denoiser a fresh unmasking policy whose weights depend on the seed alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(seed, "unmask"))
+        denoiser.attach(network, network.build(denoiser.spec.feature_dim))
+
+
+def choose_trained(denoiser: MaskedDenoiser, what: Literal["all", "denoiser", "unmask"]) -> None:
+    """Freeze what does not learn. With LoRA the denoiser's own weights are frozen already.
+
+    Raises:
+        UserError: the unmasking policy shall learn, and there is none.
+    """
+    policy = denoiser.unmask
+    if what == "unmask" and policy is None:
+        raise UserError("model.train: 'unmask', but the model carries no unmasking policy (give model.unmask)")
+    own = set() if policy is None else set(policy.parameters())
+    for parameter in denoiser.parameters():
+        if parameter in own:
+            parameter.requires_grad_(what != "denoiser")
+        elif what == "unmask":
+            parameter.requires_grad_(False)
 
 
 def _run(

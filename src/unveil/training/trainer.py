@@ -237,6 +237,7 @@ class Trainer:
         with self.evaluated():
             if self.adapter is not None:
                 self.adapter.save(folder)
+                self.denoiser.save_unmask(folder)
             else:
                 self.denoiser.save_pretrained(folder)
 

@@ -1,0 +1,179 @@
+"""What claim checks share: two processes, training to a score, policy runs with their cost, tuning, tables.
+
+A claim is judged on several seeds. Whatever is tuned is tuned on a seed that is not reported, over the same grid for
+every method; optimiser steps, rollouts, forwards and seconds are counted for each.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unveil.denoisers.base import MaskedDenoiser
+from unveil.training.denoising_job import DenoisingConfig, DenoisingEval, DenoisingJob
+from unveil.training.distribution import Ranks
+from unveil.training.log import LogConfig, RunLog
+from unveil.training.policy_job import PolicyConfig, PolicyEval, PolicyJob
+from unveil.training.snapshots import SnapshotConfig
+from unveil.training.trainer import CheckpointConfig, OptimConfig, Trainer
+
+Measured = dict[str, Any]
+Report = Callable[[str], None]
+Every = Callable[[Callable[..., Measured], Sequence[tuple]], list[Measured]]
+
+TUNING_SEED = 1000
+"""Learning rates are chosen on it; it is never among the reported seeds."""
+NEVER = 10**9
+
+
+@contextmanager
+def two_processes(report: Report) -> Iterator[Every]:
+    """Yields ``every(function, jobs)``: the results of ``function(*job)`` in order, computed by up to two processes.
+
+    ``function`` is a module-level function; its result holds a ``line`` that is reported.
+    """
+    with ProcessPoolExecutor(max_workers=min(2, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
+
+        def every(function: Callable[..., Measured], jobs: Sequence[tuple]) -> list[Measured]:
+            waiting = [pool.submit(_alone, function, job) for job in jobs]
+            results = []
+            for future, job in zip(waiting, jobs, strict=True):
+                results.append(future.result())
+                subject = " ".join(str(part) for part in job if isinstance(part, str | int | float))
+                report(f"{function.__name__.strip('_')} {subject}: {results[-1]['line']}")
+            return results
+
+        yield every
+
+
+def _alone(function: Callable[..., Measured], job: tuple) -> Measured:
+    torch.set_num_threads(1)
+    return function(*job)
+
+
+def train_to(
+    denoiser: MaskedDenoiser,
+    data: DenoisingConfig,
+    folder: Path,
+    *,
+    seed: int,
+    goal: float,
+    score: Callable[[], float],
+    lr: float = 3e-3,
+    every: int = 20,
+    limit: int = 4000,
+) -> Measured:
+    """Train the denoiser on data until ``score()``, asked ``every`` updates, reaches ``goal``; write it to ``folder``.
+
+    Small tasks have a phase change, so that a number of updates would give bases of very different strength.
+    """
+    trainer = _trainer(denoiser, lr=lr, updates=NEVER, folder=folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    job = DenoisingJob(trainer, data, DenoisingEval(), RunLog(folder, LogConfig(tensorboard=False)), seed=seed)
+    reached, update = 0.0, 0
+    while reached < goal and update < limit:
+        for _ in range(every):
+            job.update(update, trainer.optimise)
+            update += 1
+        reached = score()
+    denoiser.eval().save_pretrained(folder)
+    return {"updates": update, "accuracy": reached, "line": f"{reached:.3f} after {update} updates"}
+
+
+def train_policy(
+    denoiser: MaskedDenoiser,
+    policy: PolicyConfig,
+    folder: Path,
+    *,
+    seed: int,
+    lr: float,
+    updates: int,
+    measure: Callable[[PolicyJob], Measured],
+    points: int = 20,
+    microbatch: int = 512,
+    weight_decay: float = 0.0,
+) -> Measured:
+    """Improve a policy and follow what ``measure(job)`` finds before, at up to ``points`` moments, and after.
+
+    Returns:
+        ``curve``, a list of measurements with ``optimizer_steps`` and ``update``; ``metrics``, what every update
+        logged; and the cost.
+    """
+    every = max(1, updates // points)
+    trainer = _trainer(
+        denoiser, lr=lr, updates=updates, folder=folder, every=every, microbatch=microbatch, weight_decay=weight_decay,
+        keep_reference=policy.kl.beta > 0,
+    )  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    log = RunLog(folder, LogConfig(tensorboard=False))
+    job = PolicyJob(trainer, policy, PolicyEval(problems=1, decoders={}, shown=0), log, seed=seed)
+    curve: list[Measured] = []
+    logged: list[Measured] = []
+
+    def follow(update: int) -> None:
+        curve.append({"update": update, "optimizer_steps": trainer.cost.optimizer_steps, **measure(job)})
+
+    job.evaluate = follow  # type: ignore[method-assign]
+    trainer.fit(job, log, lambda _, metrics: logged.append(metrics))
+    log.close()
+    cost = {key: getattr(trainer.cost, key) for key in ("optimizer_steps", "rollouts", "forwards", "seconds")}
+    return {"curve": curve, "metrics": logged, **cost}
+
+
+def _trainer(
+    denoiser: MaskedDenoiser,
+    *,
+    lr: float,
+    updates: int,
+    folder: Path,
+    every: int = NEVER,
+    microbatch: int = 512,
+    weight_decay: float = 0.0,
+    keep_reference: bool = False,
+) -> Trainer:
+    return Trainer(
+        denoiser,
+        OptimConfig(lr=lr, max_grad_norm=1.0, microbatch=microbatch, weight_decay=weight_decay),
+        CheckpointConfig(every=NEVER, keep=1),
+        SnapshotConfig(),
+        updates=updates,
+        eval_every=every,
+        run=folder,
+        ranks=Ranks(),
+        keep_reference=keep_reference,
+    )
+
+
+def total_cost(results: Sequence[Measured], seconds: float) -> Measured:
+    """The cost of all runs together; ``seconds`` is the wall time of the whole check."""
+    counted = ("optimizer_steps", "rollouts", "forwards")
+    return {"seconds": seconds} | {key: sum(result.get(key, 0) for result in results) for key in counted}
+
+
+def verdict(checks: Sequence[Measured]) -> str:
+    """``holds``, ``partly`` or ``fails``."""
+    held = [check["holds"] for check in checks]
+    return "holds" if all(held) else "partly" if any(held) else "fails"
+
+
+def mean(results: Sequence[Measured], key: str) -> float:
+    return statistics.mean(result[key] for result in results)
+
+
+def spread(values: Sequence[float], scale: float = 100, digits: int = 1) -> str:
+    """``mean ± standard deviation``, in percent unless ``scale`` says otherwise."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{scale * statistics.mean(values):.{digits}f} ± {scale * deviation:.{digits}f}"
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)

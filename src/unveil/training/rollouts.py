@@ -1,0 +1,162 @@
+"""A batch of judged chains, and what may be done to its groups between reward and advantage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from unveil.denoisers.base import MaskedDenoiser
+from unveil.registry import Plugin
+from unveil.samplers.base import Sampler
+from unveil.samplers.trajectory import Trajectory, concatenate
+from unveil.tasks.base import Problem
+from unveil.tasks.evaluate import Judged
+
+
+@dataclass(kw_only=True)
+class Rollouts:
+    """B chains with their problems and rewards.
+
+    Attributes:
+        problems: of every chain.
+        group: (B,) the group that a chain belongs to: its place among the problems of the update.
+        trajectory: the chains.
+        judged: verdicts of finished responses and, where recorded, of every guess.
+        rewards: (B, S) of the guess at each step; without guesses only the last active step's is known, the rest is 0.
+        seeds: one per chain, for everything random that is done with it.
+    """
+
+    problems: list[Problem]
+    group: Tensor
+    trajectory: Trajectory
+    judged: Judged
+    rewards: Tensor
+    seeds: list[int]
+
+    def __len__(self) -> int:
+        return len(self.problems)
+
+    @property
+    def correct(self) -> Tensor:
+        """(B,) whether each finished response is right."""
+        return torch.tensor([verdict.correct for verdict in self.judged.verdicts])
+
+    def rows(self, index: Tensor) -> Rollouts:
+        """The chains ``index`` (N,)."""
+        places = index.tolist()
+        judged = self.judged
+        return Rollouts(
+            problems=[self.problems[place] for place in places],
+            group=self.group[index],
+            trajectory=self.trajectory.rows(index),
+            judged=replace(
+                judged,
+                texts=[judged.texts[place] for place in places],
+                verdicts=[judged.verdicts[place] for place in places],
+                guess_correct=None if judged.guess_correct is None else judged.guess_correct[index],
+                guess_score=None if judged.guess_score is None else judged.guess_score[index],
+            ),
+            rewards=self.rewards[index],
+            seeds=[self.seeds[place] for place in places],
+        )
+
+    def extend(self, other: Rollouts) -> Rollouts:
+        """These chains and those of ``other``."""
+        trajectory = concatenate([self.trajectory, other.trajectory])
+        steps = trajectory.steps
+        parts = (self, other)
+
+        def join(values: Sequence[Tensor | None]) -> Tensor | None:
+            if any(value is None for value in values):
+                return None
+            return torch.cat([_widen(value, steps) for value in values])  # type: ignore[arg-type]
+
+        rewards = join([part.rewards for part in parts])
+        assert rewards is not None
+        return Rollouts(
+            problems=[*self.problems, *other.problems],
+            group=torch.cat([self.group, other.group]),
+            trajectory=trajectory,
+            judged=Judged(
+                texts=[*self.judged.texts, *other.judged.texts],
+                verdicts=[*self.judged.verdicts, *other.judged.verdicts],
+                guess_correct=join([part.judged.guess_correct for part in parts]),
+                guess_score=join([part.judged.guess_score for part in parts]),
+            ),
+            rewards=rewards,
+            seeds=[*self.seeds, *other.seeds],
+        )
+
+    def replace(self, rows: Tensor, other: Rollouts, other_rows: Tensor) -> Rollouts:
+        """Chains ``rows`` (N,) replaced by chains ``other_rows`` (N,) of ``other``; their groups stay."""
+        order = torch.arange(len(self))
+        order[rows] = len(self) + torch.arange(len(other_rows))
+        joined = self.extend(other.rows(other_rows)).rows(order)
+        joined.group = self.group
+        return joined
+
+
+class Roll(Protocol):
+    """Draws and judges more chains for an update; they are counted in its cost."""
+
+    def __call__(
+        self,
+        problems: Sequence[Problem],
+        group: Tensor,
+        *,
+        label: str,
+        sampler: Sampler | None = None,
+        initial: Sequence[Sequence[int]] | None = None,
+        frozen: Sequence[Sequence[bool]] | None = None,
+    ) -> Rollouts:
+        """One chain per problem, with the groups ``group`` (B,).
+
+        Args:
+            label: makes the noise another one than that of other chains of the same problem.
+            sampler: instead of the rollout sampler.
+            initial, frozen: where the responses start, as in `Canvas.of`.
+        """
+
+
+class GroupHook(Plugin, family="group_hook"):
+    """Repairs or extends the groups of an update, between reward and advantage."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Trajectory fields that `apply` reads."""
+
+    def check_fits(self, sampler: Sampler, group_size: int, response_length: int) -> None:
+        """Refuse rollouts that this hook cannot work on.
+
+        Raises:
+            UserError: naming the key and what is allowed.
+        """
+
+    def apply(self, rollouts: Rollouts, roll: Roll, denoiser: MaskedDenoiser) -> tuple[Rollouts, dict[str, float]]:
+        """The rollouts to train on, and numbers for the log.
+
+        Args:
+            rollouts: as sampled; chains of one group are neighbours.
+            roll: draws more chains.
+            denoiser: its tokenizer and declared ids.
+        """
+        raise NotImplementedError
+
+
+class Shaping(Plugin, family="shaping"):
+    """Changes rewards by how a chain came about (its number of steps ...). Accuracy stays what it is."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Trajectory fields that `shape` reads."""
+
+    def shape(self, rewards: Tensor, trajectory: Trajectory) -> Tensor:
+        """New rewards (B, S) from ``rewards`` (B, S)."""
+        raise NotImplementedError
+
+
+def _widen(value: Tensor, steps: int) -> Tensor:
+    """``value`` (B, S) with zeros up to ``steps`` columns."""
+    return torch.cat([value, value.new_zeros(len(value), steps - value.shape[1])], 1)
