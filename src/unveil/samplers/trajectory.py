@@ -56,7 +56,7 @@ class Trajectory:
             rank nothing, so that all they reveal has rank 1.
         order_log_prob: (B, S) log-probability of that choice under a learned rule.
         times: (B, S, 2) float64, the times of the states before and after step s, 1 all masks; 0 where the chain was
-            done. Only samplers that keep a clock have it.
+            done. Only samplers on a grid of times have it.
         expert_share: (B,) share of the group's chains that a second sampler drew in the policy's stead; 0 for the
             policy's own. None: all are.
     """
@@ -100,6 +100,11 @@ class Trajectory:
     def response_valid(self) -> Tensor:
         """(B, R) True inside each row's response."""
         return self.valid[:, self.prompt_ids.shape[1] :]
+
+    @property
+    def unfinished(self) -> Tensor:
+        """(B,) True where a chain ended with holes."""
+        return ((self.response_ids == self.mask_id) & self.response_valid).any(1)
 
     def states_at(self, rows: Tensor, steps: Tensor) -> Tensor:
         """The responses (N, R) that chains ``rows`` (N,) showed before steps ``steps`` (N,).

@@ -57,6 +57,11 @@ def judge(task: Task, problems: Sequence[Problem], denoiser: MaskedDenoiser, tra
     verdicts = [verdict(place // steps, text) for place, text in enumerate(guesses)]
     judged.guess_correct = torch.tensor([v.correct for v in verdicts]).view(batch, steps) & trajectory.active
     judged.guess_score = torch.tensor([v.score for v in verdicts]).view(batch, steps) * trajectory.active
+    if steps:
+        # A chain that ends with holes has a guess for them that it never committed.
+        last = trajectory.last_steps[:, None]
+        judged.guess_correct.scatter_(1, last, torch.tensor([[v.correct] for v in judged.verdicts]))
+        judged.guess_score.scatter_(1, last, torch.tensor([[v.score] for v in judged.verdicts]))
     return judged
 
 
@@ -79,6 +84,8 @@ class Evaluation:
         guess_accuracy: accuracy of the guess at every step.
         sample_entropy: mean over problems of the response's unigram entropy in nats, see `unigram_entropy`.
         forwards: sequence-forwards spent.
+        steps_per_chain: mean number of denoising steps of a chain, its NFE.
+        unfinished: share of chains that ended with holes (rules that may waste steps).
         texts, correct, scores: per problem.
     """
 
@@ -91,6 +98,8 @@ class Evaluation:
     guess_accuracy: list[float]
     sample_entropy: float
     forwards: int
+    steps_per_chain: float
+    unfinished: float
     texts: list[str]
     correct: list[bool]
     scores: list[float]
@@ -99,6 +108,7 @@ class Evaluation:
         """The scalar results, for tables and logs."""
         names = (
             "accuracy", "low", "high", "score", "ever_correct", "over_denoising", "sample_entropy", "forwards",
+            "steps_per_chain", "unfinished",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names} | {"problems": len(self.texts)}
 
@@ -134,6 +144,8 @@ def evaluate(
         guess_accuracy=(judged.guess_correct.sum(0) / steps).tolist(),
         sample_entropy=unigram_entropy(trajectory.response_ids, text_tokens(denoiser, trajectory)).mean().item(),
         forwards=trajectory.forwards,
+        steps_per_chain=trajectory.active.sum(1).float().mean().item(),
+        unfinished=trajectory.unfinished.float().mean().item(),
         texts=judged.texts,
         correct=correct,
         scores=[verdict.score for verdict in judged.verdicts],
@@ -141,9 +153,10 @@ def evaluate(
 
 
 def text_tokens(denoiser: MaskedDenoiser, trajectory: Trajectory) -> Tensor:
-    """(B, R) True at the tokens of each response before its first end token."""
+    """(B, R) True at the tokens of each response before its first end token; holes are no tokens."""
     ends = torch.isin(trajectory.response_ids, torch.tensor(denoiser.spec.end_ids))
-    return trajectory.response_valid & (ends.cumsum(1) == 0)
+    tokens = trajectory.response_valid & (trajectory.response_ids != trajectory.mask_id)
+    return tokens & (ends.cumsum(1) == 0)
 
 
 def unigram_entropy(ids: Tensor, counted: Tensor) -> Tensor:
