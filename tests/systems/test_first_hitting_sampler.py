@@ -183,7 +183,7 @@ def test_extrapolation_is_the_line_through_two_outputs(of: str) -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 @pytest.mark.parametrize("redraw", ["keep", "fresh"])
-def test_a_corrected_token_has_the_averaged_law_and_changes_as_rarely_as_it_can(redraw: str, temperature: float) -> None:
+def test_a_corrected_token_has_the_averaged_law_and_changes_rarely(redraw: str, temperature: float) -> None:
     stream = generator("corrector")
     old, new = torch.randn(2, 5, generator=stream)
     wanted = ((old / temperature).softmax(-1) + (new / temperature).softmax(-1)) / 2

@@ -14,6 +14,8 @@ from unveil.samplers.trajectory import Trajectory
 class Sampler(Plugin, family="sampler", default="masked"):
     """Draws samples from a denoiser. A row's result depends on its seed and content, never on its batch."""
 
+    steps: int
+    """Denoising steps."""
     temperature: float
     """Of the drawn tokens; 0 takes the likeliest."""
 
@@ -33,6 +35,10 @@ class Sampler(Plugin, family="sampler", default="masked"):
         Raises:
             UserError: naming the key and what is allowed.
         """
+
+    def refused_fields(self) -> dict[str, str]:
+        """Trajectory fields that this sampler cannot record, and why."""
+        return {}
 
     def check_denoiser(self, denoiser: MaskedDenoiser) -> None:
         """Refuse a denoiser that this sampler cannot use.

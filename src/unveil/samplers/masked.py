@@ -83,7 +83,6 @@ class MaskedSampler(Sampler, name="masked"):
             self.schedule.check_fits(response_length, self.block_length, self.steps)
 
     def refused_fields(self) -> dict[str, str]:
-        """Trajectory fields that this sampler cannot record, and why."""
         refused = {"times": "needs a sampler on a grid of times ('reverse')"}
         if self.rule.takes_back:
             refused["step_map"] = "is not exact for a rule that takes tokens back; ask for 'states'"

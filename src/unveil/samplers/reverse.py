@@ -44,7 +44,6 @@ class ReverseSampler(Sampler, name="reverse"):
     """
 
     def refused_fields(self) -> dict[str, str]:
-        """Trajectory fields that this sampler cannot record, and why."""
         return dict.fromkeys(("block", "order", "order_log_prob"), "needs a sampler with blocks and rules ('masked')")
 
     @torch.no_grad()
