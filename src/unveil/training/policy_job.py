@@ -102,7 +102,7 @@ class PolicyConfig:
         if self.objective.level == "sequence":
             raise UserError(
                 f"objective.level: 'sequence' takes one advantage per chain, and {advantage.name!r} gives one per step "
-                "(allowed: token, step)"
+                "(allowed: token, part, step)"
             )
         if not likelihood.per_step:
             raise UserError(
