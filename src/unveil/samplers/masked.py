@@ -82,6 +82,8 @@ class MaskedSampler(Sampler, name="masked"):
         return refused
 
     def check_denoiser(self, denoiser: MaskedDenoiser) -> None:
+        if denoiser.spec.prediction == "log_score":
+            raise UserError("sampler: 'masked' cannot time a network of scores (allowed: reverse)")
         self.rule.network(denoiser)
 
     @torch.no_grad()

@@ -32,6 +32,7 @@ SYSTEM = System(
     paper="2506.20639",
     family="masked",
     claim="complementary masks score every token once and lower the variance of token log-probabilities",
+    checked_in="gdpo",
 )
 
 
