@@ -37,6 +37,8 @@ class Plugin:
     name: ClassVar[str] = ""
     default: ClassVar[str | None] = None
     """The plug-in that a recipe means where it gives fields and no name; None: a name is required."""
+    shorthand: ClassVar[str | None] = None
+    """The field that ``NAME:VALUE`` sets on the command line."""
     known: ClassVar[dict[str, type[Plugin]]] = {}
 
     def __init_subclass__(

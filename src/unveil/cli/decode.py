@@ -193,12 +193,14 @@ def _length(args: argparse.Namespace, denoiser: MaskedDenoiser, longest: int) ->
 
 def _sampler(args: argparse.Namespace, length: int) -> Any:
     from unveil.cli.decoders import plugin, sampler
+    from unveil.samplers.rules import Rule
+    from unveil.samplers.schedules import Schedule
 
     settings = {
         "steps": length if args.steps is None else args.steps,
         "block_length": args.block,
-        "rule": plugin(args.rule, "--rule"),
-        "schedule": None if args.schedule is None else plugin(args.schedule, "--schedule"),
+        "rule": plugin(args.rule, "--rule", Rule),
+        "schedule": None if args.schedule is None else plugin(args.schedule, "--schedule", Schedule),
         "temperature": args.temperature,
         "top_p": args.top_p,
         "top_k": args.top_k,

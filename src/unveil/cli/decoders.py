@@ -6,14 +6,16 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from unveil.registry import UserError
+from unveil.registry import Plugin, UserError, lookup, names
 
 if TYPE_CHECKING:
     from unveil.samplers.masked import MaskedSampler
 
 
-def plugin(text: str, option: str) -> dict[str, Any]:
+def plugin(text: str, option: str, family: type[Plugin]) -> dict[str, Any]:
     """Recipe data of ``NAME`` or ``NAME:field=value,field=value``; the name may be ``package.module:Class``.
+
+    Some plug-ins also take ``NAME:VALUE``, as in ``policy:PATH``.
 
     Raises:
         UserError: the fields are malformed.
@@ -22,7 +24,9 @@ def plugin(text: str, option: str) -> dict[str, Any]:
 
     name, colon, fields = text.rpartition(":")
     if not colon or "=" not in fields:
-        return {"name": text}
+        short, _, value = text.partition(":")
+        field = lookup(family, short).shorthand if value and short in names(family) else None
+        return {"name": text} if field is None else {"name": short, field: value}
     try:
         values = merge({}, fields.split(","))
     except UserError as error:

@@ -152,6 +152,7 @@ def _grid(args: argparse.Namespace, lengths: Sequence[int]) -> list[Cell]:
         UserError: some do not fit; all of them are named.
     """
     from unveil.cli.decoders import plugin, sampler
+    from unveil.samplers.rules import Rule
 
     options = {
         "steps": "--steps",
@@ -165,7 +166,7 @@ def _grid(args: argparse.Namespace, lengths: Sequence[int]) -> list[Cell]:
     grid = itertools.product(rules, lengths, args.steps or [None], args.blocks, args.temperature)
     for rule, length, steps, block, temperature in grid:
         settings = {
-            "rule": plugin(rule, "--rules"),
+            "rule": plugin(rule, "--rules", Rule),
             "steps": length if steps is None else steps,
             "block_length": block,
             "temperature": temperature,

@@ -9,14 +9,16 @@ positions that they read.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from unveil.denoisers.tokenizer import TextTokenizer
-from unveil.denoisers.unmask import FILE, UnmaskNetwork, load_unmask, save_unmask
+from unveil.denoisers.unmask import FILE, UnmaskNetwork, load_unmask, read_unmask_header, save_unmask
 
 _UNMASK = "unmask_module"
 
@@ -49,6 +51,8 @@ class MaskedDenoiser(nn.Module):
     tokenizer: TextTokenizer
     unmask_network: UnmaskNetwork | None = None
     """The shape of the learned unmasking rule that the denoiser carries, if any; see `attach`."""
+    unmask_action: Mapping[str, Any] | None = None
+    """Recipe data of the action that the rule was trained with; it is saved with it."""
 
     @abstractmethod
     def features(self, ids: Tensor, valid: Tensor, t: Tensor | None = None) -> Tensor:
@@ -89,7 +93,7 @@ class MaskedDenoiser(nn.Module):
     def save_unmask(self, folder: Path) -> None:
         """Write FOLDER/unmask.safetensors, if the denoiser carries a learned unmasking rule."""
         if self.unmask is not None and self.unmask_network is not None:
-            save_unmask(self.unmask_network, self.unmask, folder / FILE)
+            save_unmask(self.unmask_network, self.unmask, folder / FILE, self.unmask_action)
 
     def load_unmask(self, path: Path) -> None:
         """Attach the network of a file written by `save_unmask`.
@@ -98,6 +102,7 @@ class MaskedDenoiser(nn.Module):
             UserError: the file is no unmasking policy, or does not fit this model.
         """
         self.attach(*load_unmask(path, self.spec.feature_dim))
+        self.unmask_action = read_unmask_header(path)["action"]
 
     def own_state(self) -> dict[str, Tensor]:
         """The weights of the denoiser itself, without a learned unmasking rule."""

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from unveil.recipe import build, dump
 from unveil.registry import Plugin, UserError
 
 FILE = "unmask.safetensors"
@@ -77,11 +79,27 @@ class UnmaskNetwork(Plugin, family="unmask_network"):
         raise NotImplementedError
 
 
-def save_unmask(network: UnmaskNetwork, module: nn.Module, path: str | Path) -> None:
-    """Write weights and shape to one safetensors file."""
-    header = {"name": type(network).name, **dataclasses.asdict(network)}  # type: ignore[call-overload]
+def save_unmask(network: UnmaskNetwork, module: nn.Module, path: str | Path, action: Mapping[str, Any] | None) -> None:
+    """Write weights, shape, and the recipe of the action that it was trained with to one safetensors file."""
+    header = {"network": dump(network), "action": action}
     state = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
     save_file(state, path, metadata={_HEADER: json.dumps(header)})
+
+
+def read_unmask_header(path: str | Path) -> dict[str, Any]:
+    """``network`` and ``action`` of a file written by `save_unmask`, as recipe data.
+
+    Raises:
+        UserError: the file is missing or broken, or is no unmasking policy.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable unmasking policy: {error}") from error
+    if _HEADER not in metadata:
+        raise UserError(f"{path}: not an unmasking policy (a safetensors file that `unveil train` writes as {FILE})")
+    return json.loads(metadata[_HEADER])
 
 
 def load_unmask(path: str | Path, feature_dim: int) -> tuple[UnmaskNetwork, nn.Module]:
@@ -90,17 +108,8 @@ def load_unmask(path: str | Path, feature_dim: int) -> tuple[UnmaskNetwork, nn.M
     Raises:
         UserError: the file is missing or broken, is no unmasking policy, or does not fit the denoiser.
     """
-    from unveil.recipe import build
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable unmasking policy: {error}") from error
-    if _HEADER not in metadata:
-        raise UserError(f"{path}: not an unmasking policy (a safetensors file that `unveil train` writes as {FILE})")
-    network = build(UnmaskNetwork, json.loads(metadata[_HEADER]), str(path))
+    network = build(UnmaskNetwork, read_unmask_header(path)["network"], str(path))
+    state = load_file(path)
     module = network.build(feature_dim)
     own = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     loaded = {name: tuple(value.shape) for name, value in state.items()}

@@ -336,10 +336,14 @@ class OneStepLikelihood(Likelihood, name="one_step"):
 
 
 def answered(trajectory: Trajectory, spec: DenoiserSpec, after_end: AfterEnd) -> Tensor:
-    """(B, R) the response tokens that count: all of them, or those up to and including the first end token."""
+    """(B, R) the response tokens that count: all of them, or those up to and including the first end token.
+
+    Holes that a chain ended with are no tokens.
+    """
+    tokens = trajectory.response_valid & (trajectory.response_ids != trajectory.mask_id)
     if after_end == "keep":
-        return trajectory.response_valid.clone()
-    return trajectory.response_valid & up_to_end(trajectory.response_ids, spec.end_ids)
+        return tokens
+    return tokens & up_to_end(trajectory.response_ids, spec.end_ids)
 
 
 def up_to_end(ids: Tensor, end_ids: Sequence[int]) -> Tensor:
@@ -360,7 +364,10 @@ class TokenFilter(Plugin, family="token_filter"):
 
 
 def without(views: Views, keep: Tensor) -> Views:
-    """The views with only the items that ``keep`` (N, C); an order always stays."""
+    """The views with only the tokens that ``keep`` (N, C); an order always stays.
+
+    Without coefficients a dropped token also leaves the length; an estimator's length is that of its answer.
+    """
     scored = views.scored & keep[:, : views.scored.shape[1]]
-    dropped = views.scored.sum(1) - scored.sum(1)
+    dropped = views.scored.sum(1) - scored.sum(1) if views.coefficient is None else 0
     return dataclasses.replace(views, scored=scored, length=views.length - dropped)

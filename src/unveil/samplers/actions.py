@@ -60,6 +60,10 @@ class Action(Plugin, family="action"):
         """(b,) float32 log-probability of ``order``; exactly 0 where the outcome was certain, e.g. no candidates."""
         raise NotImplementedError
 
+    def for_use(self) -> Action:
+        """The same distribution as it is used where nothing is trained."""
+        return self
+
     def _scaled(self, logits: Tensor, candidates: Tensor) -> Tensor:
         """Tempered logits in float32, float64 if they come so, `_NEVER` outside the candidates."""
         wide = logits if logits.dtype == torch.float64 else logits.float()
@@ -106,6 +110,9 @@ class Bernoulli(Action, name="bernoulli"):
     def log_prob(self, logits: Tensor, candidates: Tensor, order: Tensor) -> Tensor:
         signed = torch.where(order > 0, 1, -1) * self._scaled(logits, candidates)
         return functional.logsigmoid(signed).sum(1).float()
+
+    def for_use(self) -> Action:
+        return BernoulliArgmax(temperature=self.temperature)
 
 
 @dataclass(kw_only=True)

@@ -8,7 +8,7 @@ tensors (b, R, ...).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -16,7 +16,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from unveil.denoisers.base import MaskedDenoiser
-from unveil.denoisers.unmask import UnmaskNetwork, load_unmask
+from unveil.denoisers.unmask import UnmaskNetwork, load_unmask, read_unmask_header
+from unveil.recipe import build
 from unveil.registry import Plugin, UserError
 from unveil.samplers.actions import Action, PlackettLuce
 from unveil.samplers.tokens import Confidence
@@ -209,16 +210,21 @@ class Policy(Rule, name="policy"):
     The network is the one that the denoiser carries, or that of a file (``unveil decode --rule policy:PATH``).
     """
 
+    shorthand = "path"
     path: str | None = None
     """A file written by a training run (unmask.safetensors); None: what the denoiser carries."""
-    action: Action = field(default_factory=PlackettLuce)
-    """How its logits become a choice. Those that use the schedule's counts follow the schedule, others set the pace."""
+    action: Action | None = None
+    """How its logits become a choice. Those that use the schedule's counts follow the schedule, others set the pace.
+    None: the one that the policy of ``path`` was trained with, in its form for use; else plackett_luce."""
     greedy: bool = False
     """Take the likeliest choice instead of drawing one."""
     confidence: Confidence = "peak"
     """What the network is told of every hole."""
 
     def __post_init__(self) -> None:
+        if self.action is None:
+            trained = None if self.path is None else read_unmask_header(self.path)["action"]
+            self.action = PlackettLuce() if trained is None else build(Action, trained).for_use()
         self.follows_schedule = self.action.uses_count
         self.channels = 0 if self.greedy else self.action.channels
         self._loaded: dict[int, tuple[UnmaskNetwork, nn.Module]] = {}
@@ -235,7 +241,7 @@ class Policy(Rule, name="policy"):
         return self._loaded[dim]
 
     def holes_after(self, view: StepView, state: State) -> Tensor:
-        assert view.preference is not None
+        assert view.preference is not None and self.action is not None
         noise = view.noise
         if noise is None:  # the same at every position: the likeliest choice
             shape = (len(view.open), self.action.channels, view.open.shape[1])

@@ -20,7 +20,7 @@ from unveil.denoisers.load import load_denoiser
 from unveil.denoisers.tokenizer import TextTokenizer
 from unveil.denoisers.transformer import TransformerConfig, TransformerDenoiser
 from unveil.denoisers.unmask import UnmaskNetwork
-from unveil.recipe import to_yaml
+from unveil.recipe import dump, to_yaml
 from unveil.registry import UserError
 from unveil.seeds import derive_seed, generator
 from unveil.training.checkpoints import write_text
@@ -132,6 +132,8 @@ def train(recipe: TrainRecipe, run: Path, *, resume: bool = False, progress: Pro
         adapter = Adapter(denoiser, recipe.model.lora)
     if recipe.model.unmask is not None:
         attach_unmask(denoiser, recipe.model.unmask, recipe.seed)
+    if (action := recipe.policy.rollout.sampler.action) is not None:
+        denoiser.unmask_action = dump(action)
     choose_trained(denoiser, recipe.model.train)
     trainer = Trainer(
         denoiser, recipe.optim, recipe.checkpoint, recipe.snapshots,
