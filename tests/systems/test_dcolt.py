@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import tiny
+from unveil.claims.grid import Blanks, GridDenoiser
 from unveil.denoisers.transformer import TransformerDenoiser
 from unveil.denoisers.unmask import UnmaskInputs
 from unveil.learning.likelihoods import TrajectoryLikelihood
@@ -353,3 +354,39 @@ def test_weights_by_hand(tmp_path: Path) -> None:
     apart, _ = ValidMean(parts=True).weights(views, advantage, trajectory, total)
     torch.testing.assert_close(apart[:, :-1].sum(1), torch.full((len(views),), 1 / 4 / 6))
     torch.testing.assert_close(apart[:, -1], torch.full((len(views),), 1 / 4 / 6))
+
+
+def test_the_claims_task_asks_for_the_blanks_alone() -> None:
+    task = Blanks()
+    validation, test = task.held_out(120, 0)
+    assert len(validation) + len(test) == 120
+    grids = [{problem.answer["solution"] for problem in part} for part in (validation, test)]
+    train = {problem.answer["solution"] for problem in task.problems("train", 100, 0)}
+    assert not grids[0] & grids[1] and not (grids[0] | grids[1]) & train
+    problem = test[0]
+    right = problem.solution.split()
+    assert problem.prompt.split().count("0") == len(right) == 10
+    assert task.check(problem, " ".join(right)) == Verdict(correct=True, score=1.0)
+    wrong = [str(int(right[0]) % 4 + 1), *right[1:]]
+    assert task.check(problem, " ".join(wrong)) == Verdict(correct=False, score=0.9)
+    assert not task.check(problem, " ".join(right[:9])).correct
+    assert not task.check(problem, " ".join([*right, "1"])).correct
+
+
+def test_the_claims_network_sees_the_response_in_the_empty_cells() -> None:
+    net = GridDenoiser()
+    net.initialise(generator(0, "grid"))
+    problem = Blanks().problems("train", 1, 0)[0]
+    prompt, response = (net.tokenizer.encode(text) for text in (problem.prompt, problem.solution))
+    ids = torch.tensor([prompt + response, prompt + [net.spec.mask_id] * 10])
+    features = net.features(ids, torch.ones_like(ids, dtype=torch.bool))
+    assert features.shape == (2, 26, 64) and not features[:, :16].any()
+    cells = [place for place, cell in enumerate(problem.prompt.split()) if cell == "0"]
+    seen = net.embedding(torch.tensor(prompt))
+    seen[cells] = net.embedding(torch.tensor(response))
+    x = seen + net.cell_embedding
+    x = x + net.empty_embedding(torch.tensor([int(place in cells) for place in range(16)]))
+    x = x[None]
+    for block in net.blocks:
+        x = block(x, (net.cos, net.sin), None)
+    torch.testing.assert_close(features[0, 16:], net.norm(x)[0, cells], atol=1e-5, rtol=1e-5)
