@@ -108,10 +108,15 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
             _show(args, denoiser, trajectory, place, prompts[copies[place]])
         if not args.json:
             print(text.replace("\n", "\\n"))
+    taken = trajectory.active.sum(1).tolist()
+    holes = ((trajectory.response_ids == trajectory.mask_id) & trajectory.response_valid).sum(1).tolist()
     completions = [
-        {"prompt": prompts[row], "sample": place % args.samples, "completion": texts[place]}
+        {
+            "prompt": prompts[row], "sample": place % args.samples, "completion": texts[place],
+            "steps": taken[place], "holes": holes[place],
+        }
         for place, row in enumerate(copies)
-    ]
+    ]  # fmt: skip
     return 0, {
         "completions": completions, "length": length, "steps": sampler.steps, "forwards": trajectory.forwards,
         "seconds": round(seconds, 3), "trajectory": args.trajectory,

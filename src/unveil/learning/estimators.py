@@ -31,7 +31,7 @@ from pydantic import Field
 from torch import Tensor
 
 from unveil.denoisers.base import DenoiserSpec
-from unveil.learning.likelihoods import AfterEnd, Inner, Likelihood, Views, answered
+from unveil.learning.likelihoods import FIRST, AfterEnd, Inner, Likelihood, Views, answered
 from unveil.registry import UserError
 from unveil.samplers.trajectory import Trajectory
 from unveil.seeds import generator
@@ -163,7 +163,7 @@ class MaskedAnswer(Likelihood):
         raise NotImplementedError
 
     def views(
-        self, trajectory: Trajectory, chosen: Tensor, seeds: Sequence[int], spec: DenoiserSpec, inner: Inner
+        self, trajectory: Trajectory, chosen: Tensor, seeds: Sequence[int], spec: DenoiserSpec, inner: Inner = FIRST
     ) -> Views:
         counted = answered(trajectory, spec, self.after_end)
         shown = trajectory.given & (self.given == "show")

@@ -166,6 +166,10 @@ class Likelihood(Plugin, family="likelihood"):
             raise UserError(
                 f"policy.likelihood: {self.name!r} scores tokens drawn by the sampler 'masked', not {sampler.name!r}"
             )
+        if not sampler.exact:
+            raise UserError("policy.rollout.sampler.solver: draws from more than one output; nothing can score that")
+        if denoiser.spec.time_conditioned:
+            raise UserError(f"policy.likelihood: {self.name!r} tells the network no time, but it is time-conditioned")
 
     def views(
         self, trajectory: Trajectory, chosen: Tensor, seeds: Sequence[int], spec: DenoiserSpec, inner: Inner = FIRST
@@ -228,8 +232,12 @@ class TrajectoryLikelihood(Likelihood, name="trajectory"):
     def __post_init__(self) -> None:
         if self.tokens == "none" and self.order is None:
             raise UserError("tokens: 'none' leaves nothing to score where order is null")
-        fields = {"states", "guesses", "revealed"}
-        self.needs = frozenset(fields if self.order is None else fields | {"confidence", "block", "order"})
+        needs = {"states"}
+        if self.tokens != "none":
+            needs |= {"guesses", "revealed"}
+        if self.order is not None:
+            needs |= {"confidence", "block", "order"}
+        self.needs = frozenset(needs)
 
     @property
     def scores_tokens(self) -> bool:
@@ -250,24 +258,23 @@ class TrajectoryLikelihood(Likelihood, name="trajectory"):
         self, trajectory: Trajectory, chosen: Tensor, seeds: Sequence[int], spec: DenoiserSpec, inner: Inner = FIRST
     ) -> Views:
         rows, steps = ((chosen > 0) & trajectory.active).nonzero(as_tuple=True)
-        assert trajectory.guesses is not None and trajectory.revealed is not None
         holes = trajectory.holes_at(rows, steps)
-        scored = holes.clone()
-        if self.tokens == "none":
-            scored[:] = False
-        elif self.tokens == "revealed":
+        scored = holes & (self.tokens != "none")
+        if self.tokens == "revealed":
+            assert trajectory.revealed is not None
             scored &= trajectory.revealed[rows, steps]
         if self.after_end == "drop":
             scored &= up_to_end(trajectory.response_ids, spec.end_ids)[rows]
         if self.order is None:  # steps that committed nothing have nothing to say
             said = scored.any(1)
             rows, steps, holes, scored = rows[said], steps[said], holes[said], scored[said]
+        states = trajectory.states_at(rows, steps)
         return Views(
-            ids=torch.cat([trajectory.prompt_ids[rows], trajectory.states_at(rows, steps)], 1),
+            ids=torch.cat([trajectory.prompt_ids[rows], states], 1),
             valid=trajectory.valid[rows],
             prompt_width=trajectory.prompt_ids.shape[1],
             scored=scored,
-            targets=trajectory.guesses[rows, steps],
+            targets=states if trajectory.guesses is None else trajectory.guesses[rows, steps],
             rows=rows,
             steps=steps,
             holes=holes.sum(1),

@@ -57,6 +57,11 @@ def judge(task: Task, problems: Sequence[Problem], denoiser: MaskedDenoiser, tra
     verdicts = [verdict(place // steps, text) for place, text in enumerate(guesses)]
     judged.guess_correct = torch.tensor([v.correct for v in verdicts]).view(batch, steps) & trajectory.active
     judged.guess_score = torch.tensor([v.score for v in verdicts]).view(batch, steps) * trajectory.active
+    if steps:
+        # A chain that ends with holes has a guess for them that it never committed.
+        last = trajectory.last_steps[:, None]
+        judged.guess_correct.scatter_(1, last, torch.tensor([[v.correct] for v in judged.verdicts]))
+        judged.guess_score.scatter_(1, last, torch.tensor([[v.score] for v in judged.verdicts]))
     return judged
 
 
@@ -78,6 +83,8 @@ class Evaluation:
         over_denoising: share with a right guess at some step and a wrong end.
         guess_accuracy: accuracy of the guess at every step.
         forwards: sequence-forwards spent.
+        steps_per_chain: mean number of denoising steps of a chain, its NFE.
+        unfinished: share of chains that ended with holes (rules that may waste steps).
         texts, correct, scores: per problem.
     """
 
@@ -89,13 +96,18 @@ class Evaluation:
     over_denoising: float
     guess_accuracy: list[float]
     forwards: int
+    steps_per_chain: float
+    unfinished: float
     texts: list[str]
     correct: list[bool]
     scores: list[float]
 
     def summary(self) -> dict[str, float]:
         """The scalar results, for tables and logs."""
-        names = ("accuracy", "low", "high", "score", "ever_correct", "over_denoising", "forwards")
+        names = (
+            "accuracy", "low", "high", "score", "ever_correct", "over_denoising", "forwards", "steps_per_chain",
+            "unfinished",
+        )  # fmt: skip
         return {name: getattr(self, name) for name in names} | {"problems": len(self.texts)}
 
 
@@ -129,6 +141,8 @@ def evaluate(
         over_denoising=over_denoised(judged).float().mean().item(),
         guess_accuracy=(judged.guess_correct.sum(0) / steps).tolist(),
         forwards=trajectory.forwards,
+        steps_per_chain=trajectory.active.sum(1).float().mean().item(),
+        unfinished=trajectory.unfinished.float().mean().item(),
         texts=judged.texts,
         correct=correct,
         scores=[verdict.score for verdict in judged.verdicts],

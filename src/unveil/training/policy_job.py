@@ -424,14 +424,13 @@ class PolicyJob:
         trajectory, judged = rollouts.trajectory, rollouts.judged
         final = terminal(rollouts.rewards, trajectory.active).view(-1, self.policy.rollout.group_size)
         active = trajectory.active
-        unfinished = ((trajectory.response_ids == trajectory.mask_id) & trajectory.response_valid).any(1)
         values: dict[str, Any] = {
             "reward": final.mean().item(),
             "accuracy": rollouts.correct.float().mean().item(),
             "score": sum(v.score for v in judged.verdicts) / len(judged.verdicts),
             "group_reward_std": final.std(1).mean().item(),
             "steps_per_chain": active.sum(1).float().mean().item(),
-            "unfinished": unfinished.float().mean().item(),
+            "unfinished": trajectory.unfinished.float().mean().item(),
         }
         if judged.guess_correct is not None:
             values["over_denoising"] = over_denoised(judged).float().mean().item()
