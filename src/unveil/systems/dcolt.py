@@ -135,7 +135,7 @@ class _Condition(nn.Module):
         half = TIME_DIM // 2
         frequency = torch.exp(-math.log(10_000) * torch.arange(half, device=inputs.step.device) / half)
         angle = (inputs.step / inputs.planned.clamp(min=1)).float()[:, None] * frequency
-        time = self.time(torch.cat([angle.cos(), angle.sin()], -1))
+        time = self.time(torch.cat([angle.cos(), angle.sin()], -1).to(self.masked.weight.dtype))
         return time[:, None] + self.masked(inputs.masked.long()) + self.block(inputs.block.long())
 
 
