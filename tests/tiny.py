@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from unveil.denoisers.base import MaskedDenoiser
 from unveil.denoisers.tokenizer import TextTokenizer
 from unveil.denoisers.transformer import TransformerConfig, TransformerDenoiser
 from unveil.denoisers.unmask import UnmaskInputs, UnmaskNetwork
@@ -27,6 +28,7 @@ from unveil.training.runs import BaseModel, TrainRecipe, attach_unmask
 from unveil.training.snapshots import SnapshotConfig
 from unveil.training.trainer import CheckpointConfig, OptimConfig, Trainer
 
+Net = TypeVar("Net", bound=MaskedDenoiser)
 WORDS = ["a", "b", "c", "d"]
 RESPONSE = 5
 
@@ -100,7 +102,38 @@ class _TinyUnmask(torch.nn.Module):
         return self.linear(shown)[..., 0]
 
 
-def with_policy(net: TransformerDenoiser, *, features: bool = False) -> TransformerDenoiser:
+class Pooled(MaskedDenoiser):
+    """A second architecture: every position reads itself, its place and the mean over all real tokens. No attention."""
+
+    def __init__(self, dim: int = 16) -> None:
+        super().__init__()
+        self.tokenizer = TextTokenizer.of_words(WORDS)
+        self.spec = replace(denoiser().spec, feature_dim=dim)
+        size = self.spec.vocab_size
+        self.embedding = torch.nn.Embedding(size, dim)
+        self.place = torch.nn.Embedding(self.spec.context_length, dim)
+        self.mix = torch.nn.Linear(2 * dim, dim)
+        self.out = torch.nn.Linear(dim, size)
+        stream = generator("pooled")
+        for parameter in self.parameters():
+            torch.nn.init.normal_(parameter, std=0.3, generator=stream)
+
+    def features(self, ids: Tensor, valid: Tensor, t: Tensor | None = None) -> Tensor:
+        real = valid[..., None].to(self.place.weight.dtype)
+        x = self.embedding(ids) + self.place((valid.cumsum(1) - 1).clamp(min=0))
+        mean = (x * real).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp(min=1)
+        return torch.tanh(self.mix(torch.cat([x, mean.expand_as(x)], -1)))
+
+    def head(self, features: Tensor) -> Tensor:
+        logits = self.out(features)
+        logits[..., list(self.spec.forbidden_ids)] = -torch.inf
+        return logits
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+
+
+def with_policy(net: Net, *, features: bool = False) -> Net:
     """The same network, carrying an unmasking policy."""
     attach_unmask(net, TinyUnmask(features=features), seed=3)
     return net
@@ -133,7 +166,7 @@ def policy(system: str, **changes: Any) -> PolicyConfig:
 def job(
     folder: Path,
     config: PolicyConfig,
-    net: TransformerDenoiser | None = None,
+    net: MaskedDenoiser | None = None,
     *,
     optim: OptimConfig | None = None,
     snapshots: SnapshotConfig | None = None,

@@ -282,6 +282,15 @@ def test_reproduce_writes_result_and_judges(
     assert "| c | >= 1 | 2 | holds |" in page
     assert page.endswith("\n| a |\n")
     assert answer(capsys, "reproduce", "toy_claim", "--quick", "--out", out, status=1)["verdict"] == "fails"
+    told = answer(capsys, "reproduce", "toy_claim", "--quick", "--publish", status=2)
+    assert "--publish: only a full run" in told["error"]
+    checkout = tmp_path / "checkout"
+    for folder in (checkout / "src" / "unveil" / "claims" / "results", checkout / "docs" / "claims"):
+        folder.mkdir(parents=True)
+    monkeypatch.setattr(unveil.claims, "__path__", [str(checkout / "src/unveil/claims"), *unveil.claims.__path__])
+    answer(capsys, "reproduce", "toy_claim", "--publish", "--out", out)
+    assert (checkout / "docs" / "claims" / "toy_claim.md").read_text() == page
+    assert json.loads((checkout / "src/unveil/claims/results/toy_claim.json").read_text())["verdict"] == "holds"
 
 
 def started(*argv: object) -> subprocess.Popen[str]:

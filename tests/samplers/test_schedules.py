@@ -117,6 +117,55 @@ def test_doubling(n: int, steps: int, expected: list[int]) -> None:
     assert Doubling().counts(n, steps) == expected
 
 
+def layout_by_the_paper(length: int, blocks: int) -> list[tuple[int, list[int]]]:
+    """Sizes and counts of ASS cut from the right: 2^(S-1) + 1 + (L - 2^S) tokens at once, then 2^(S-2), ..., then the
+    remaining powers as the steps of the first block."""
+    power = math.floor(math.log2(length))
+    if blocks == 1:
+        counts = [2**i for i in range(power - 1)]
+        return [(length, [*counts, length - sum(counts)])]
+    last = 2 ** (power - 1) + 1 + length - 2**power
+    middle = [2 ** (power - 1 - i) for i in range(1, blocks - 1)]
+    rest = [2**i for i in range(power - blocks + 1)]
+    sizes = [(sum(rest), rest), *((size, [size]) for size in reversed(middle)), (last, [last])]
+    assert sum(size for size, _ in sizes) == length
+    return sizes
+
+
+@settings(max_examples=100, deadline=None)
+@given(length=st.integers(2, 400), data=st.data())
+def test_the_doubling_layout_in_blocks(length: int, data: st.DataObject) -> None:
+    steps = math.floor(math.log2(length))
+    schedule = Doubling(blocks=data.draw(st.integers(1, steps)))
+    schedule.check_fits(length, None, steps)
+    layout = schedule.layout(length, None, steps)
+    assert [(n, schedule.counts(n, local)) for n, local in layout] == layout_by_the_paper(length, schedule.blocks)
+    assert sum(local for _, local in layout) == steps
+
+
+def test_the_doubling_layout_by_hand() -> None:
+    assert Doubling(blocks=4).layout(128, None, 7) == [(15, 4), (16, 1), (32, 1), (65, 1)]
+    assert Doubling(blocks=2).layout(130, None, 7) == [(63, 6), (67, 1)]
+    assert Doubling(blocks=3).layout(8, None, 3) == [(1, 1), (2, 1), (5, 1)]
+    assert Doubling().layout(8, 4, 4) == [(4, 2), (4, 2)]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "width", "block_length", "steps", "complaint"),
+    [
+        (2, 128, 32, 7, "block_length: 32 does not go with schedule.blocks = 2"),
+        (8, 128, None, 7, "schedule.blocks: 8 are more than a response of 128 tokens has .at most 7"),
+        (2, 128, None, 32, "steps: 32 do not fit 2 doubling blocks of 128 tokens .allowed: 7"),
+        (1, 128, 32, 7, "steps: 7 do not divide into 4 blocks"),
+    ],
+)
+def test_doubling_blocks_that_do_not_fit(
+    blocks: int, width: int, block_length: int | None, steps: int, complaint: str
+) -> None:
+    with pytest.raises(UserError, match=complaint):
+        Doubling(blocks=blocks).check_fits(width, block_length, steps)
+
+
 def test_bad_input_is_refused() -> None:
     for n, steps in ((-1, 3), (3, 0)):
         with pytest.raises(ValueError, match="n >= 0 tokens and steps >= 1"):

@@ -39,7 +39,7 @@ def trajectory() -> Trajectory:
         block=torch.ones(2, 2, 3, dtype=torch.bool),
         order=torch.tensor([[[1, 0, 0], [0, 0, 1]], [[2, 1, 0], [0, 0, 0]]]),
         order_log_prob=-torch.rand(2, 2),
-        times=torch.rand(2, 2),
+        times=torch.rand(2, 2, 2, dtype=torch.float64),
         expert_share=torch.tensor([0.0, 0.2]),
     )
 

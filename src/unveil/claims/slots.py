@@ -6,9 +6,11 @@ response token; that is not what the claims are about.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -18,19 +20,36 @@ from unveil.denoisers.transformer import Block, TransformerConfig, load_weights
 
 
 class SlotDenoiser(MaskedDenoiser):
-    """A bidirectional transformer over response slots; ``lead`` slots in front have no prompt token."""
+    """A bidirectional transformer over response slots.
 
-    def __init__(self, *, words: int, prompt: int, response: int, dim: int = 64, layers: int = 2) -> None:
+    Prompt token i lies on slot ``lead`` + i, by default such that the last ones meet; others have none.
+    """
+
+    def __init__(
+        self,
+        *,
+        words: int | Sequence[str],
+        prompt: int,
+        response: int,
+        lead: int | None = None,
+        ends: bool = False,
+        dim: int = 64,
+        layers: int = 2,
+    ) -> None:
+        """``words``: the vocabulary, or how many numbers from 0 it holds; ``ends``: whether responses may end early."""
         super().__init__()
-        self.tokenizer = TextTokenizer.of_words([str(word) for word in range(words)])
+        vocabulary = [str(word) for word in range(words)] if isinstance(words, int) else words
+        self.tokenizer = TextTokenizer.of_words(vocabulary)
+        self.lead = response - prompt if lead is None else lead
         ids = {token: self.tokenizer.id(token) for token in (MASK, PAD, END, UNKNOWN)}
+        forbidden = tuple(index for token, index in ids.items() if not (ends and token == END))
         self.prompt, self.response = prompt, response
         self.spec = DenoiserSpec(
             vocab_size=len(self.tokenizer),
             mask_id=ids[MASK],
             pad_id=ids[PAD],
             end_ids=(ids[END],),
-            forbidden_ids=tuple(ids.values()),
+            forbidden_ids=forbidden,
             context_length=prompt + response,
             feature_dim=dim,
         )
@@ -42,7 +61,7 @@ class SlotDenoiser(MaskedDenoiser):
         self.norm = nn.RMSNorm(dim, eps=1e-6)
         self.unembedding = nn.Linear(dim, len(self.tokenizer), bias=False)
         bias = torch.zeros(len(self.tokenizer))
-        bias[list(ids.values())] = -torch.inf
+        bias[list(forbidden)] = -torch.inf
         self.register_buffer("forbidden_bias", bias, persistent=False)
         # Slots are told apart by their embeddings; the blocks' rotation stays the identity.
         head_dim = dim // config.heads
@@ -57,9 +76,9 @@ class SlotDenoiser(MaskedDenoiser):
     def features(self, ids: Tensor, valid: Tensor, t: Tensor | None = None) -> Tensor:
         if ids.shape[1] != self.prompt + self.response:
             raise ValueError(f"slots for {self.prompt} + {self.response} tokens, got a canvas of {ids.shape[1]}")
-        lead = self.response - self.prompt
         x = self.response_embedding(ids[:, self.prompt :]) + self.slot_embedding
-        x = x + torch.cat([x.new_zeros(len(x), lead, x.shape[2]), self.prompt_embedding(ids[:, : self.prompt])], 1)
+        around = (0, 0, self.lead, self.response - self.prompt - self.lead)
+        x = x + F.pad(self.prompt_embedding(ids[:, : self.prompt]), around)
         for block in self.blocks:
             x = block(x, (self.cos, self.sin), None)
         x = self.norm(x)

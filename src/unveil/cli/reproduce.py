@@ -22,6 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="a system, as `unveil systems` lists it")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each method (default: 3)")
     parser.add_argument("--quick", action="store_true", help="a shorter run that shows the way, not the claim")
+    parser.add_argument(
+        "--publish", action="store_true", help="also store the result in this checkout, where `unveil systems` reads it"
+    )
     parser.add_argument("--out", metavar="DIR", help="where runs and results go (default: runs/claims/NAME)")
 
 
@@ -36,6 +39,11 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         raise UserError(f"no claim is called {args.name!r}{did_you_mean(args.name, known)}")
     if args.seeds < 1:
         raise UserError(f"--seeds: should be at least 1, got {args.seeds}")
+    if args.publish and (args.quick or args.seeds < 3):
+        raise UserError("--publish: only a full run of 3 or more seeds (leave out --quick)")
+    pages = Path(claims.__path__[0]).parents[2] / "docs" / "claims"
+    if args.publish and not pages.is_dir():
+        raise UserError(f"--publish: {str(pages)!r} is no folder (allowed: from a checkout that is installed with -e)")
     set_threads()
     out = Path(args.out or f"runs/claims/{args.name}")
     if out.exists() and not out.is_dir():
@@ -50,8 +58,12 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         "seconds": round(time.monotonic() - started),
     }
     out.mkdir(parents=True, exist_ok=True)
-    (out / "result.json").write_text(json.dumps(result, indent=2, default=str) + "\n", encoding="utf-8")
-    (out / "result.md").write_text(_page(result), encoding="utf-8")
+    written = {out / "result.json": json.dumps(result, indent=2, default=str) + "\n", out / "result.md": _page(result)}
+    if args.publish:
+        stored = Path(claims.__path__[0]) / "results" / f"{args.name}.json"
+        written |= {stored: written[out / "result.json"], pages / f"{args.name}.md": written[out / "result.md"]}
+    for path, text in written.items():
+        path.write_text(text, encoding="utf-8")
     rows = [
         [
             check["name"],

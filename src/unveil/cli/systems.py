@@ -31,6 +31,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
             "family": system.family,
             "recipe": recipe_names(system.name),
             "claim": system.claim,
+            "checked_in": system.checked_in or None,
             "reproducible": (folder / f"{system.name}.py").is_file(),
             **_last_result(folder / "results" / f"{system.name}.json"),
         })  # fmt: skip
@@ -51,14 +52,15 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
 
 
 def _last_result(path: Path) -> dict[str, Any]:
-    """Verdict, date and cost in seconds of the stored run of a claim; None each where there is none."""
+    """Verdict, date, seconds and counted cost of the stored run of a claim; None each where there is none."""
     stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return {key: stored.get(key) for key in ("verdict", "date", "seconds")}
+    return {key: stored.get(key) for key in ("verdict", "date", "seconds", "cost")}
 
 
 def _verdict(entry: dict[str, Any]) -> str:
-    if not entry["reproducible"]:
-        return "no claim file"
+    if entry["checked_in"]:
+        return f"baseline, measured in {entry['checked_in']}"
     if entry["verdict"] is None:
         return "not yet judged"
-    return f"{entry['verdict']}, {entry['date']}, {duration(entry['seconds'])}"
+    counted = [f"{entry['cost'][key]:,.0f} {key}" for key in ("rollouts", "forwards") if entry["cost"].get(key)]
+    return ", ".join([entry["verdict"], entry["date"], duration(entry["seconds"]), *counted])

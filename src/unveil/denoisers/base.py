@@ -12,13 +12,15 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from unveil.denoisers.tokenizer import TextTokenizer
 from unveil.denoisers.unmask import FILE, UnmaskNetwork, load_unmask, read_unmask_header, save_unmask
+from unveil.processes.masked import MaskedProcess
+from unveil.processes.score_entropy import Method, Noise, ScoreEntropyProcess
 
 _UNMASK = "unmask_module"
 
@@ -39,9 +41,20 @@ class DenoiserSpec:
     logit_shift: int = 0
     """1 for networks whose head at position i predicts position i + 1; already undone by `features`."""
     time_conditioned: bool = False
-    """True if `features` needs the time of every canvas."""
+    """True if `features` must be told the time of every canvas."""
+    prediction: Literal["logits", "log_score"] = "logits"
+    """What the head gives: logits of x_0, or log-scores log p_t(x with y)/p_t(x) (SEDD). The softmax of either is the
+    distribution of x_0; the sum of scores also says how soon a token appears."""
+    noise: Noise | None = None
+    """The noise schedule that log-scores belong to."""
     feature_dim: int = 0
     """D of `features`; 0 where nothing but the head may read them."""
+
+    def process(self, method: Method = "tweedie") -> MaskedProcess | ScoreEntropyProcess:
+        """The process whose reverse step takes this network's predictions; ``method`` is for scores alone."""
+        if self.noise is None:
+            return MaskedProcess(mask_id=self.mask_id)
+        return ScoreEntropyProcess(mask_id=self.mask_id, noise=self.noise, method=method)
 
 
 class MaskedDenoiser(nn.Module):
@@ -64,7 +77,7 @@ class MaskedDenoiser(nn.Module):
 
     @abstractmethod
     def head(self, features: Tensor) -> Tensor:
-        """Logits (..., V) of features (..., D), with -inf at the forbidden ids."""
+        """The prediction (..., V), see `DenoiserSpec.prediction`, of features (..., D); -inf at the forbidden ids."""
 
     @abstractmethod
     def save_pretrained(self, folder: str | Path) -> None:

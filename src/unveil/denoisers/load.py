@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from unveil.denoisers.base import MaskedDenoiser
-from unveil.denoisers.transformer import MODEL_TYPE, TransformerDenoiser, read_config
+from unveil.denoisers.score import ScoreDenoiser
+from unveil.denoisers.transformer import TransformerDenoiser, read_config
 from unveil.denoisers.unmask import FILE
 from unveil.registry import UserError, did_you_mean
 
+KINDS = {kind.model_type: kind for kind in (TransformerDenoiser, ScoreDenoiser)}
 EMBEDDED = Path(__file__).parent.parent / "models"
 """The small base models that ship inside the package, one folder each."""
 
@@ -42,9 +44,10 @@ def load_denoiser(name_or_path: str | Path) -> MaskedDenoiser:
     """
     folder = model_folder(name_or_path)
     model_type = read_config(folder).get("model_type")
-    if model_type != MODEL_TYPE:
-        raise UserError(f"{folder / 'config.json'}: model_type {model_type!r} cannot be opened (allowed: {MODEL_TYPE})")
-    denoiser = TransformerDenoiser.from_pretrained(folder)
+    if model_type not in KINDS:
+        allowed = ", ".join(KINDS)
+        raise UserError(f"{folder / 'config.json'}: model_type {model_type!r} cannot be opened (allowed: {allowed})")
+    denoiser: MaskedDenoiser = KINDS[model_type].from_pretrained(folder)
     if (folder / FILE).is_file():
         denoiser.load_unmask(folder / FILE)
     return denoiser.eval()

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,6 @@ from torch import Tensor, nn
 from unveil.denoisers.base import DenoiserSpec, MaskedDenoiser
 from unveil.denoisers.tokenizer import END, MASK, PAD, UNKNOWN, TextTokenizer
 from unveil.registry import UserError
-
-MODEL_TYPE = "unveil-transformer"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +30,12 @@ class TransformerConfig:
     context_length: int = 64
     rope_base: float = 1000.0
 
+    fractions: ClassVar[frozenset[str]] = frozenset({"rope_base"})
+    """Keys that may hold a fraction."""
+
     def __post_init__(self) -> None:
         for key, value in vars(self).items():
-            fraction = key == "rope_base"
+            fraction = key in self.fractions
             if not (type(value) is int or (fraction and type(value) is float)):
                 raise UserError(f"{key}: should be {'a number' if fraction else 'an integer'}, got {value!r}")
             if not 0 < value < float("inf"):
@@ -71,6 +73,9 @@ class Block(nn.Module):
 class TransformerDenoiser(MaskedDenoiser):
     """The embedded masked-token denoiser."""
 
+    model_type: ClassVar[str] = "unveil-transformer"
+    """What config.json calls this kind of network."""
+    config_class: ClassVar[type[TransformerConfig]] = TransformerConfig
     rope_cos: Tensor
     rope_sin: Tensor
     forbidden_bias: Tensor
@@ -124,10 +129,14 @@ class TransformerDenoiser(MaskedDenoiser):
             cos, sin = self.rope_cos[position][:, None], self.rope_sin[position][:, None]
             # A row without any valid key would make softmax 0/0; its outputs are never read, so let it see itself.
             attendable = (valid | ~valid.any(1, keepdim=True))[:, None, None, :]
-        x = self.embedding(ids)
+        x = self.embed(ids, t)
         for block in self.blocks:
             x = block(x, (cos, sin), attendable)
         return self.norm(x)
+
+    def embed(self, ids: Tensor, t: Tensor | None) -> Tensor:
+        """What the first block reads, (B, L, D)."""
+        return self.embedding(ids)
 
     def head(self, features: Tensor) -> Tensor:
         return self.unembedding(features) + self.forbidden_bias
@@ -135,14 +144,14 @@ class TransformerDenoiser(MaskedDenoiser):
     def save_pretrained(self, folder: str | Path) -> None:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config = {"model_type": MODEL_TYPE, **dataclasses.asdict(self.config)}
+        config = {"model_type": self.model_type, **dataclasses.asdict(self.config)}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(self.own_state(), folder / "model.safetensors")
         self.save_unmask(folder)
         self.tokenizer.save(folder / "tokenizer.json")
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> TransformerDenoiser:
+    def from_pretrained(cls, folder: str | Path) -> Self:
         """Read a folder written by `save_pretrained`.
 
         Raises:
@@ -151,13 +160,13 @@ class TransformerDenoiser(MaskedDenoiser):
         folder = Path(folder)
         settings = read_config(folder)
         settings.pop("model_type", None)
-        allowed = {field.name for field in dataclasses.fields(TransformerConfig)}
+        allowed = {field.name for field in dataclasses.fields(cls.config_class)}
         if unknown := sorted(set(settings) - allowed):
             raise UserError(
                 f"{folder / 'config.json'}: unknown key {unknown[0]!r} (allowed: {', '.join(sorted(allowed))})"
             )
         try:
-            config = TransformerConfig(**settings)
+            config = cls.config_class(**settings)
         except UserError as error:
             raise UserError(f"{folder / 'config.json'}: {error}") from error
         tokenizer = TextTokenizer.load(folder / "tokenizer.json")

@@ -166,6 +166,10 @@ class Likelihood(Plugin, family="likelihood"):
             raise UserError(
                 f"policy.likelihood: {self.name!r} scores tokens drawn by the sampler 'masked', not {sampler.name!r}"
             )
+        if not sampler.exact:
+            raise UserError("policy.rollout.sampler.solver: draws from more than one output; nothing can score that")
+        if denoiser.spec.time_conditioned:
+            raise UserError(f"policy.likelihood: {self.name!r} tells the network no time, but it is time-conditioned")
 
     def views(
         self, trajectory: Trajectory, chosen: Tensor, seeds: Sequence[int], spec: DenoiserSpec, inner: Inner = FIRST
@@ -339,10 +343,14 @@ class OneStepLikelihood(Likelihood, name="one_step"):
 
 
 def answered(trajectory: Trajectory, spec: DenoiserSpec, after_end: AfterEnd) -> Tensor:
-    """(B, R) the response tokens that count: all of them, or those up to and including the first end token."""
+    """(B, R) the response tokens that count: all of them, or those up to and including the first end token.
+
+    Holes that a chain ended with are no tokens.
+    """
+    tokens = trajectory.response_valid & (trajectory.response_ids != trajectory.mask_id)
     if after_end == "keep":
-        return trajectory.response_valid.clone()
-    return trajectory.response_valid & up_to_end(trajectory.response_ids, spec.end_ids)
+        return tokens
+    return tokens & up_to_end(trajectory.response_ids, spec.end_ids)
 
 
 def up_to_end(ids: Tensor, end_ids: Sequence[int]) -> Tensor:

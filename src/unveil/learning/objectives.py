@@ -19,6 +19,8 @@ from unveil.learning.likelihoods import Views
 from unveil.registry import Plugin
 from unveil.samplers.trajectory import Trajectory
 
+Level = Literal["token", "part", "step", "sequence"]
+
 
 class Objective(Plugin, family="objective"):
     """Unreduced policy terms of *units*: what one probability ratio covers.
@@ -27,7 +29,7 @@ class Objective(Plugin, family="objective"):
     sum of theirs.
     """
 
-    level: Literal["token", "step", "sequence"] = "token"
+    level: Level = "token"
     normalise: bool = False
     """Divide a unit's log-probability by its length: the ratio is then a geometric mean (GSPO)."""
 
@@ -48,8 +50,9 @@ class Clipped(Objective, name="clipped"):
     """Half-width of the interval around 1."""
     clip_high: Annotated[float, Field(gt=0)] | None = None
     """Upper half-width where it differs (clip-higher)."""
-    level: Literal["token", "step", "sequence"] = "token"
-    """What one ratio covers: a token, all items of a step (its tokens and the order), or all items of a chain."""
+    level: Level = "token"
+    """What one ratio covers: a token, all tokens of a step and its order by itself (``part``), all items of a step
+    (its tokens and the order), or all items of a chain."""
     normalise: bool = False
     """Divide the log-ratio of a step or sequence by its length (GSPO)."""
 
@@ -68,7 +71,7 @@ class Clipped(Objective, name="clipped"):
         }
 
 
-def unit_of(views: Views, level: str) -> tuple[Tensor, int]:
+def unit_of(views: Views, level: Level) -> tuple[Tensor, int]:
     """The unit (M,) of every item of the views, in row-major order, and how many there are.
 
     Items of one chain, step and position are one token unit: an estimator shows a token in several views.
@@ -81,6 +84,8 @@ def unit_of(views: Views, level: str) -> tuple[Tensor, int]:
         key = key * (int(views.steps.max()) + 1) + views.steps[view]
     if level == "token":
         key = key * views.items.shape[1] + column
+    if level == "part":
+        key = 2 * key + (column == views.scored.shape[1])
     found, unit = key.unique(return_inverse=True)
     return unit, len(found)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -19,7 +19,7 @@ from unveil.seeds import generator
 class Selector(Plugin, family="selector"):
     """Chooses steps of every chain by itself."""
 
-    needs: ClassVar[frozenset[str]] = frozenset()
+    needs: frozenset[str] = frozenset()
     """Trajectory fields that `choose` reads."""
 
     def choose(self, advantages: Tensor, trajectory: Trajectory, seeds: Sequence[int], spec: DenoiserSpec) -> Tensor:

@@ -102,6 +102,24 @@ def stratified_times(batch: int, *, generator: torch.Generator, low: float = 1e-
     return (low + (1 - low) * (order + u) / batch).float()
 
 
+def hitting_times(u: Tensor, holes: Tensor, start: float | Tensor = 1.0) -> Tensor:
+    """When the reverse process reveals its next tokens, in closed form (arXiv 2409.02908, Algorithm 1); (B, W) float64.
+
+    Column j is tau_{n-j-1} = tau_{n-j} u^(1/(n-j)), the time at which the (j+1)-th of n tokens is revealed: the largest
+    of n - j uniforms below the time before. No prediction of the network enters. For a schedule other than
+    alpha_t = 1 - t these are the values of 1 - alpha; its inverse gives the times.
+
+    Args:
+        u: (B, W) float64 uniforms in [0, 1).
+        holes: (B,) n, the masked positions of each row; columns from n on are 0.
+        start: the time (B,) or one for all at which a row has its n holes.
+    """
+    _check_uniform(u)
+    left = holes[:, None] - torch.arange(u.shape[1], device=u.device)
+    shrink = torch.where(left > 0, u ** (1 / left.clamp(min=1)), 0.0)
+    return shrink.cumprod(1) * torch.as_tensor(start, dtype=torch.float64, device=u.device).reshape(-1, 1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class MaskedProcess:
     """The masked process over a vocabulary that contains ``mask_id`` as its absorbing state."""
@@ -151,22 +169,58 @@ class MaskedProcess:
             raise ValueError(f"the exact weight needs n >= 1, got {int(n.min())}")
         return maskable.sum(-1).float() / n
 
-    def step(self, logits: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> MaskedTransition:
+    def step(
+        self, logits: Tensor, x_t: Tensor, t: Tensor, s: Tensor, temperature: float = 1.0
+    ) -> MaskedTransition:
         """The reverse transition from t to s < t, given ``logits (B, ..., V)`` of x_0 at ``x_t (B, ...)``.
 
         Args:
             t, s: times (B,), 0 <= s < t <= 1; float64 where t - s is tiny.
+            temperature: of the revealed tokens; how many are revealed does not depend on it.
 
         Raises:
-            ValueError: the times are not ordered so.
+            ValueError: the times are not ordered so, or the temperature is negative.
         """
-        if not ((s >= 0) & (s < t) & (t <= 1)).all():
-            raise ValueError(f"a step needs 0 <= s < t <= 1, got t = {t.tolist()}, s = {s.tolist()}")
         masked = x_t == self.mask_id
-        rows = logits[masked]
-        rows[:, self.mask_id] = -torch.inf
-        t, s = (time.double().reshape(-1, *[1] * (x_t.dim() - 1)).expand_as(x_t) for time in (t, s))
-        return MaskedTransition(x_t=x_t, masked=masked, logits=rows, move=(t - s) / t, stay=s / t, mask_id=self.mask_id)
+        t, s = masked_times(masked, t, s)
+        rows = temper(unmasked_logits(logits, masked, self.mask_id), temperature)
+        return MaskedTransition(
+            x_t=x_t, masked=masked, logits=rows, move=(t - s) / t, stay=s / t, mask_id=self.mask_id
+        )
+
+
+def masked_times(masked: Tensor, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """The times t and s (B,) of each of the N positions that are ``masked (B, ...)``, (N,) float64 each.
+
+    Raises:
+        ValueError: they do not satisfy 0 <= s < t <= 1.
+    """
+    if not ((s >= 0) & (s < t) & (t <= 1)).all():
+        raise ValueError(f"a step needs 0 <= s < t <= 1, got t = {t.tolist()}, s = {s.tolist()}")
+    shape = (-1, *[1] * (masked.dim() - 1))
+    t, s = (time.double().reshape(shape).expand_as(masked)[masked] for time in (t, s))
+    return t, s
+
+
+def unmasked_logits(logits: Tensor, masked: Tensor, mask_id: int) -> Tensor:
+    """Logits (N, V) of the ``masked (B, ...)`` positions in row-major order, the mask class at -inf."""
+    rows = logits[masked]
+    rows[:, mask_id] = -torch.inf
+    return rows
+
+
+def temper(logits: Tensor, temperature: float) -> Tensor:
+    """Logits (N, V) of softmax(logits / temperature); at temperature 0 all mass is on the likeliest token.
+
+    Raises:
+        ValueError: the temperature is negative.
+    """
+    if temperature < 0:
+        raise ValueError(f"temperature must be at least 0, got {temperature}")
+    if temperature == 0:
+        best = functional.one_hot(logits.argmax(-1), logits.shape[-1]).bool()
+        return torch.zeros_like(logits).masked_fill(~best, -torch.inf)
+    return logits if temperature == 1 else logits.float() / temperature
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -177,8 +231,8 @@ class MaskedTransition:
         x_t: the canvas (B, ...).
         masked: where x_t is masked (B, ...).
         logits: those of the N masked positions in row-major order (N, V), the mask class at -inf.
-        move: probability (t - s)/t that a masked position is revealed (B, ...), float64.
-        stay: probability s/t that it stays masked (B, ...), float64.
+        move: probability that a masked position is revealed (N,), float64; may depend on the network.
+        stay: probability that it stays masked (N,), float64.
         mask_id: the token id that stands for "masked".
     """
 
@@ -199,24 +253,35 @@ class MaskedTransition:
             ValueError: noise that is not float64 or leaves [0, 1), or logits that are no distribution.
         """
         _check_uniform(u_move)
-        moved = self.masked & (u_move < self.move)
-        tokens = sample_categorical(self.logits[moved[self.masked]], u_token[moved])
+        moves = u_move[self.masked] < self.move
+        moved = self.masked.masked_scatter(self.masked, moves)
+        tokens = sample_categorical(self.logits[moves], u_token[moved])
         return self.x_t.masked_scatter(moved, tokens.to(self.x_t.dtype))
 
     def log_prob(self, x_s: Tensor) -> Tensor:
         """log p(x_s | x_t) per position, (B, ...) float32: 0 for a copied token, -inf if impossible."""
-        stays = x_s == self.mask_id
-        moved = self.masked & ~stays
+        target = x_s[self.masked]
+        stays = target == self.mask_id
+        tokens = token_log_prob(self.logits[~stays], target[~stays])
+        scored = self.logits.new_empty(len(target), dtype=torch.float32)
+        # The logarithms are taken after the choice: that of a probability 0 which nobody asks for has no gradient.
+        scored = scored.masked_scatter(~stays, tokens + self.move[~stays].log().float())
+        scored = scored.masked_scatter(stays, self.stay[stays].log().float())
         result = torch.where(x_s == self.x_t, 0.0, -torch.inf)
-        result = torch.where(self.masked & stays, self.stay.log().float(), result)
-        tokens = token_log_prob(self.logits[moved[self.masked]], x_s[moved])
-        return result.masked_scatter(moved, tokens + self.move[moved].log().float())
+        return result.masked_scatter(self.masked, scored)
+
+    def entropy(self) -> Tensor:
+        """Entropy of x_s given x_t per position, (B, ...) float32 in nats; 0 where a token is copied."""
+        tokens = torch.special.entr(self.logits.float().softmax(-1)).sum(-1)
+        choice = torch.special.entr(self.move) + torch.special.entr(self.stay)
+        both = choice.float() + self.move.float() * tokens
+        return torch.zeros(self.x_t.shape, device=self.x_t.device).masked_scatter(self.masked, both)
 
     def probs(self) -> Tensor:
         """The whole distribution p(x_s | x_t) (B, ..., V), float64; for small vocabularies."""
         result = functional.one_hot(self.x_t, self.logits.shape[-1]).double()
-        revealed = self.logits.double().softmax(-1) * self.move[self.masked][:, None]
-        revealed[:, self.mask_id] = self.stay[self.masked]
+        revealed = self.logits.double().softmax(-1) * self.move[:, None]
+        revealed[:, self.mask_id] = self.stay
         result[self.masked] = revealed
         return result
 

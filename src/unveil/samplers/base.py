@@ -22,6 +22,11 @@ class Sampler(Plugin, family="sampler", default="masked"):
         """The distribution over positions of a learned rule, whose log-probability can be trained; None: no such."""
         return None
 
+    @property
+    def exact(self) -> bool:
+        """False if tokens are not drawn from the network's own output at their step; nothing can then score them."""
+        return True
+
     def check_fits(self, response_length: int) -> None:
         """Refuse settings that do not fit responses of ``response_length`` tokens.
 

@@ -20,9 +20,10 @@ from unveil.registry import UserError
 from unveil.samplers.actions import Action
 from unveil.samplers.base import Sampler
 from unveil.samplers.canvas import Canvas
-from unveil.samplers.rules import LowConfidence, Policy, Rule, State, StepView
+from unveil.samplers.rules import LowConfidence, Policy, Rule, State, StepView, certainty_rank
 from unveil.samplers.schedules import Even, Schedule
-from unveil.samplers.timetable import Slot, Timetable
+from unveil.samplers.solvers import First, Solver, SolverView
+from unveil.samplers.timetable import Clock, Slot, Timetable
 from unveil.samplers.tokens import confidence, filter_logits, sample_categorical, token_log_prob
 from unveil.samplers.trajectory import PER_CHAIN, Trajectory, check_needs, concatenate
 from unveil.samplers.transforms import Transform
@@ -43,6 +44,8 @@ class MaskedSampler(Sampler, name="masked"):
     """Which positions a step commits or takes back."""
     transform: Transform | None = None
     """Changes the scores that the rule ranks by; None: they stay."""
+    solver: Solver = field(default_factory=First)
+    """What tokens are drawn from, given the network's outputs at this step and the last."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """0 takes the likeliest token; otherwise tokens are drawn from softmax(logits / temperature)."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -59,12 +62,19 @@ class MaskedSampler(Sampler, name="masked"):
     def __post_init__(self) -> None:
         if self.stop_at_end and self.rule.takes_back:
             raise UserError("stop_at_end: not possible with a rule that takes tokens back")
+        self.solver.check_fits(self.rule)
+        if self.solver.revises and (self.stop_at_end or self.top_p is not None or self.top_k is not None):
+            raise UserError(f"solver {self.solver.name}: not possible with stop_at_end, top_p or top_k")
         if self.transform is not None:
             self.transform.check_fits(self.rule)
 
     @property
     def action(self) -> Action | None:
         return self.rule.action if isinstance(self.rule, Policy) else None
+
+    @property
+    def exact(self) -> bool:
+        return self.solver.exact
 
     def check_fits(self, response_length: int) -> None:
         if self.block_length is not None and self.block_length > response_length:
@@ -74,14 +84,20 @@ class MaskedSampler(Sampler, name="masked"):
 
     def refused_fields(self) -> dict[str, str]:
         """Trajectory fields that this sampler cannot record, and why."""
-        refused = {"times": "needs a sampler that keeps a clock"}
+        refused = {}
         if self.rule.takes_back:
             refused["step_map"] = "is not exact for a rule that takes tokens back; ask for 'states'"
+        if self.solver.revises:
+            refused["step_map"] = f"is not exact for the solver {self.solver.name!r}; ask for 'states'"
+        if not self.solver.exact:
+            refused |= dict.fromkeys(("log_prob", "entropy"), "needs the network's own distribution (solver 'first')")
         if self.action is None:
             refused["order_log_prob"] = "needs a learned rule (rule 'policy')"
         return refused
 
     def check_denoiser(self, denoiser: MaskedDenoiser) -> None:
+        if denoiser.spec.prediction == "log_score":
+            raise UserError("sampler: 'masked' cannot time a network of scores (allowed: reverse)")
         self.rule.network(denoiser)
 
     @torch.no_grad()
@@ -150,8 +166,10 @@ class _Chains:
         lengths = canvas.response_valid.sum(1)
         self.timetable: Timetable | None = None
         self.planned = lengths
+        holes = (canvas.response == self.mask_id) & canvas.response_valid & ~canvas.frozen
+        keeps_time = denoiser.spec.time_conditioned or "times" in needs
+        self.clock = Clock.of(holes, layout, seeds, device) if keeps_time else None
         if sampler.rule.follows_schedule:
-            holes = (canvas.response == self.mask_id) & canvas.response_valid & ~canvas.frozen
             self.timetable = Timetable.of(holes, layout, sampler.schedule, device)
             self.planned = torch.tensor(self.timetable.ends)
         self.token_noise, self.order_noise = self._draw_noise(seeds, lengths.tolist(), int(self.planned.max()), width)
@@ -164,6 +182,8 @@ class _Chains:
         self.editable = canvas.response_valid & ~canvas.frozen
         self.start = canvas.prompt_width
         self.state: State = sampler.rule.start(batch, width, device)
+        self.memory: State = {}
+        self.again = torch.zeros_like(self.editable)
 
         self.final = canvas.response.clone()
         self.records: dict[str, list[Tensor]] = {name: [] for name in needs}
@@ -209,13 +229,19 @@ class _Chains:
         # them all; another rule only ever sees the open ones.
         wide = self.network is not None or bool(self.needs & {"guesses", "log_prob", "confidence", "entropy"})
         read = holes if wide else open_holes
+        if sampler.solver.revises:
+            read = read | self.again
         width = holes.shape[1]
-        features = self.denoiser.features(self.ids, self.valid)[:, self.start : self.start + width]
+        times = None if self.clock is None else self.clock.at(slot.block, open_holes.sum(1))
+        told = times if self.denoiser.spec.time_conditioned else None
+        features = self.denoiser.features(self.ids, self.valid, told)[:, self.start : self.start + width]
         self.forwards += len(self.rows)
         logits = self.denoiser.head(features[read])
+        noise = None if self.order_noise is None else self.order_noise[self.rows, step, :, :width]
+        if not sampler.solver.exact:
+            logits = sampler.solver.solve(logits, self._solver_view(read, open_holes, slot, noise), self.memory)
         uniforms = None if self.token_noise is None else self.token_noise[self.rows, step, :width][read]
         tokens, ranking = sampler.propose(logits, uniforms)
-        noise = None if self.order_noise is None else self.order_noise[self.rows, step, :, :width]
         if sampler.rule.confidence == "random":
             assert noise is not None
             scores = noise[:, 0][read].float()
@@ -225,7 +251,7 @@ class _Chains:
         guess = updated = response.masked_scatter(read, tokens)
         score = seen = torch.full(holes.shape, -torch.inf, device=holes.device).masked_scatter_(read, scores)
         if read is not open_holes:
-            updated = torch.where(open_holes, guess, response)
+            updated = torch.where(open_holes | self.again, guess, response)
         done = torch.full_like(self.rows, step)
         view = StepView(
             open=open_holes, score=score, remain=slot.remain, last=slot.last, step=slot.step, steps=slot.steps,
@@ -237,12 +263,29 @@ class _Chains:
             seen = score.masked_fill(~open_holes, -torch.inf)
         view.score = seen
         if self.network is not None:
-            shown = score.masked_fill(~read, 0)
+            shown = score.masked_fill(~holes, 0)
             view.preference = self._preference(holes, in_block, inside, shown, view, features)
         updated = updated.masked_fill(sampler.rule.holes_after(view, self.state), self.mask_id)
         if self.needs:
-            self._record(step, response, holes, read, guess, score, logits, tokens, updated, in_block, view)
+            self._record(step, response, holes, read, guess, score, logits, tokens, updated, in_block, view, times)
+        if sampler.solver.revises:
+            self.again = holes & (updated != self.mask_id)
         response.copy_(updated)
+
+    def _solver_view(self, read: Tensor, open_holes: Tensor, slot: Slot, noise: Tensor | None) -> SolverView:
+        rule, left = self.sampler.rule, open_holes.sum(1)
+        if rule.confidence == "random":
+            assert noise is not None
+            ahead = certainty_rank(noise[:, 0].float().masked_fill(~open_holes, -torch.inf)).double()
+        else:  # the order is not known yet: the middle of the step
+            ahead = ((left - slot.remain - 1) / 2)[:, None].expand(open_holes.shape).double()
+        if self.clock is None or not self.denoiser.spec.time_conditioned:
+            now, at = left.double(), left[:, None] - ahead
+        else:
+            now, at = self.clock.at(slot.block, left), self.clock.at(slot.block, left, ahead.long())
+        return SolverView(
+            read=read, again=self.again, response=self.response, now=now, at=at, temperature=self.sampler.temperature
+        )
 
     def _preference(
         self, holes: Tensor, in_block: Tensor, inside: Tensor, confidence: Tensor, view: StepView, features: Tensor
@@ -316,9 +359,12 @@ class _Chains:
         self.rows = self.rows[keep]
         if not len(self.rows):
             return
-        for name in ("ids", "valid", "editable"):
+        for name in ("ids", "valid", "editable", "again"):
             setattr(self, name, getattr(self, name)[keep])
         self.state = {name: value[keep] for name, value in self.state.items()}
+        self.memory = {name: value[keep] for name, value in self.memory.items()}
+        if self.clock is not None:
+            self.clock = self.clock.rows(keep)
         if self.timetable is not None:
             self.timetable = self.timetable.rows(keep)
         used = self.valid.any(0).nonzero()
@@ -327,7 +373,9 @@ class _Chains:
         self.ids, self.valid = self.ids[:, low:high].contiguous(), self.valid[:, low:high].contiguous()
         self.start -= low
         self.editable, self.block_of = self.editable[:, :width], self.block_of[:width]
+        self.again = self.again[:, :width]
         self.state = {name: value[:, :width].contiguous() for name, value in self.state.items()}
+        self.memory = {name: value[:, :width].contiguous() for name, value in self.memory.items()}
 
     def _record(
         self,
@@ -342,12 +390,13 @@ class _Chains:
         updated: Tensor,
         in_block: Tensor,
         view: StepView,
+        times: Tensor | None,
     ) -> None:
         filled = holes & (updated != self.mask_id)
         values: dict[str, Callable[[], Tensor | None]] = {
             "states": response.clone,
             "guesses": guess.clone,
-            "confidence": lambda: score.masked_fill(~read, 0),
+            "confidence": lambda: score.masked_fill(~(read & holes), 0),
             "log_prob": lambda: torch.zeros_like(score).masked_scatter_(
                 read, token_log_prob(logits, tokens, self.sampler.temperature or 1.0)
             ),
@@ -356,6 +405,7 @@ class _Chains:
             "block": in_block.clone,
             "order": lambda: filled.long() if view.order is None else view.order,
             "order_log_prob": lambda: view.order_log_prob,
+            "times": lambda: times,
             "taken_back": lambda: ~holes & self.editable & (updated == self.mask_id),
         }
         for name in self.needs:
@@ -377,7 +427,7 @@ class _Chains:
 
     def _empty_record(self, name: str) -> Tensor:
         batch, width = self.final.shape
-        if name == "order_log_prob":
+        if name in ("order_log_prob", "times"):
             return torch.zeros(batch, 0)
         whole = dict.fromkeys(("states", "guesses", "order"), torch.long)
         kind = whole | dict.fromkeys(("confidence", "log_prob", "entropy"), torch.float32)

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
 
 from unveil.registry import Plugin, UserError
 
@@ -118,14 +121,42 @@ class Exponential(Schedule, name="exponential"):
 
 @dataclass(kw_only=True)
 class Doubling(Schedule, name="doubling"):
-    """1, 2, 4, 8, ... tokens: ASS of CJ-GRPO for one block, which takes steps = floor(log2(n)).
+    """1, 2, 4, 8, ... tokens: ASS of CJ-GRPO (2509.23924), which takes steps = floor(log2(n)).
 
     With fewer steps than the powers of two need, the last step takes the rest, as in ASS itself; with more,
     the steps after the n-th token reveal nothing.
     """
 
+    blocks: Annotated[int, Field(ge=1)] = 1
+    """Blocks that the canvas is cut into from the right. The last K - 1 blocks hold what the last K - 1 steps reveal, a
+    step each; the first holds what the steps before them do. Above 1, steps = floor(log2(response length))."""
+
     def remaining(self, n: int, step: int, steps: int) -> int:
         return n - (2**step - 1)
+
+    def layout(self, width: int, block_length: int | None, steps: int) -> list[tuple[int, int]]:
+        if self.blocks == 1:
+            return super().layout(width, block_length, steps)
+        own = width.bit_length() - 1 - (self.blocks - 1)  # steps of the first block
+        cut = [(2**power, 1) for power in range(own, own + self.blocks - 2)]
+        first = 2**own - 1
+        return [(first, own), *cut, (width - first - sum(size for size, _ in cut), 1)]
+
+    def check_fits(self, width: int, block_length: int | None, steps: int) -> None:
+        if self.blocks == 1:
+            super().check_fits(width, block_length, steps)
+            return
+        if block_length is not None:
+            raise UserError(f"block_length: {block_length} does not go with schedule.blocks = {self.blocks} (use null)")
+        whole = width.bit_length() - 1
+        if self.blocks > whole:
+            raise UserError(
+                f"schedule.blocks: {self.blocks} are more than a response of {width} tokens has (at most {whole})"
+            )
+        if steps != whole:
+            raise UserError(
+                f"steps: {steps} do not fit {self.blocks} doubling blocks of {width} tokens (allowed: {whole})"
+            )
 
 
 def _floor(value: float) -> int:

@@ -1,4 +1,4 @@
-"""Blocks and counts of every step of a batch, worked out on the host before the first network call."""
+"""Blocks, counts and times of every step of a batch, worked out before the first network call."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from unveil.processes.masked import hitting_times
 from unveil.samplers.schedules import Schedule
+from unveil.seeds import generator
 
 
 class Slot(NamedTuple):
@@ -77,3 +79,45 @@ class Timetable:
 
     def rows(self, keep: Tensor) -> Timetable:
         return Timetable(self.table[:, keep], [end for end, kept in zip(self.ends, keep.tolist(), strict=True) if kept])
+
+
+class Clock:
+    """The first-hitting times of b rows (arXiv 2409.02908): when each token of a block comes, one by one.
+
+    Every block is a reverse process of its own that starts at time 1 with the holes that it has. Several tokens of one
+    step pass as many of its times.
+    """
+
+    def __init__(self, times: Tensor, starts: Tensor, holes: Tensor) -> None:
+        """From ``times`` (b, R), those of each block falling from its first column, the blocks' ``starts`` (blocks,)
+        and their ``holes`` (b, blocks)."""
+        self.times, self.starts, self.holes = times, starts, holes
+
+    @classmethod
+    def of(
+        cls, holes: Tensor, layout: Sequence[tuple[int, int]], seeds: Sequence[int], device: torch.device
+    ) -> Clock:
+        """For rows that start with ``holes`` (b, R); a row's times depend on its seed and holes alone."""
+        sizes = [size for size, _ in layout]
+        starts = [0, *itertools.accumulate(sizes)][:-1]
+        u = torch.stack([torch.rand(sum(sizes), dtype=torch.float64, generator=generator(s, "clock")) for s in seeds])
+        counts = [part.sum(1) for part in holes.split(sizes, 1)]
+        times = [hitting_times(part, count) for part, count in zip(u.split(sizes, 1), counts, strict=True)]
+        table, total = torch.cat(times, 1), torch.stack(counts, 1)
+        return cls(table.to(device), torch.tensor(starts, device=device), total.to(device))
+
+    def at(self, block: Tensor, left: Tensor, ahead: Tensor | None = None) -> Tensor:
+        """When the next token of ``block`` (b,) comes, ``left`` (b,) open holes being there: (b,).
+
+        With ``ahead`` (b, R) that many tokens later, at most the block's last: (b, R).
+        """
+        first, total = self.starts[block], self.holes.gather(1, block[:, None])[:, 0]
+        place = (total - left).clamp(min=0)[:, None]
+        if ahead is not None:
+            place = place + ahead
+        place = torch.minimum(place, (total - 1).clamp(min=0)[:, None]) + first[:, None]
+        times = self.times.gather(1, place)
+        return times[:, 0] if ahead is None else times
+
+    def rows(self, keep: Tensor) -> Clock:
+        return Clock(self.times[keep], self.starts, self.holes[keep])

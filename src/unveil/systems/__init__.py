@@ -21,6 +21,7 @@ class System:
         paper: arXiv id.
         family: ``masked``, ``image``, ``control`` ...
         claim: what the paper says it does, in one line.
+        checked_in: for a baseline, the system whose claim check measures it; "" for systems with a check of their own.
     """
 
     name: str
@@ -28,6 +29,7 @@ class System:
     paper: str
     family: str
     claim: str
+    checked_in: str = ""
 
 
 def catalogue() -> list[System]:

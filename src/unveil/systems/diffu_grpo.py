@@ -30,6 +30,7 @@ SYSTEM = System(
     paper="2504.12216",
     family="masked",
     claim="one-step log-probabilities with prompt masking allow many cheap inner updates per batch of rollouts",
+    checked_in="mdpo",
 )
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from unveil.denoisers.base import MaskedDenoiser
 from unveil.learning.denoising import Corrupted, corrupt, elbo_loss
-from unveil.processes.masked import MaskedProcess
 from unveil.registry import UserError
 from unveil.samplers.base import Sampler
 from unveil.samplers.canvas import Canvas
@@ -48,7 +47,8 @@ class DenoisingConfig:
     batch: Annotated[int, Field(ge=1)] = 128
     """Examples per update."""
     form: Literal["time", "count"] = "count"
-    """ELBO estimator: t uniform with weight 1/t, or n masks uniform with the exact weight length/n."""
+    """ELBO estimator: t uniform with weight 1/t (all that networks which are told the time can use), or n masks
+    uniform with the exact weight length/n."""
 
 
 @dataclass(kw_only=True)
@@ -73,7 +73,9 @@ class DenoisingJob:
     ) -> None:
         self.trainer, self.data, self.evaluation, self.log, self.seed = trainer, data, evaluation, log, seed
         self.denoiser: MaskedDenoiser = trainer.denoiser
-        self.process = MaskedProcess(mask_id=self.denoiser.spec.mask_id)
+        self.process = self.denoiser.spec.process()
+        if self.denoiser.spec.time_conditioned and data.form != "time":
+            raise UserError(f"data.form: should be 'time' for a network that is told the time, got {data.form!r}")
         if bool(data.tasks) == (data.file is not None):
             raise UserError("data: needs either tasks or a file, not both")
         self.examples = _read_examples(data.file) if data.file else []
@@ -144,12 +146,7 @@ class DenoisingJob:
 
     def _loss(self, canvas: Canvas, corrupted: Corrupted, part: slice, share: float) -> Callable[[], Tensor]:
         device = self.denoiser.device
-        piece = Corrupted(
-            x_t=corrupted.x_t[part].to(device),
-            holes=corrupted.holes[part].to(device),
-            weight=corrupted.weight[part].to(device),
-            maskable=corrupted.maskable[part].to(device),
-        )
+        piece = corrupted.slice(part, device)
         x_0, valid = canvas.ids[part].to(device), canvas.valid[part].to(device)
         return lambda: elbo_loss(self.denoiser, x_0, valid, piece) * share
 

@@ -102,7 +102,7 @@ class PolicyConfig:
         if self.objective.level == "sequence":
             raise UserError(
                 f"objective.level: 'sequence' takes one advantage per chain, and {advantage.name!r} gives one per step "
-                "(allowed: token, step)"
+                "(allowed: token, part, step)"
             )
         if not likelihood.per_step:
             raise UserError(
@@ -340,7 +340,8 @@ class PolicyJob:
         advantage = advantages[views.rows, views.steps]
         policy_weight, kl_weight = policy.weighting.weights(weighed, advantage, trajectory, self.trainer.ranks.total)
         if policy.likelihood.per_step:
-            policy_weight = policy_weight * chosen[views.rows, views.steps, None]
+            factor = chosen[views.rows, views.steps, None]
+            policy_weight, kl_weight = policy_weight * factor, kl_weight * factor
         keeps_ratio = policy.token_filter is not None and policy.token_filter.keeps_ratio
         return _Batch(
             views=views if keeps_ratio else weighed,

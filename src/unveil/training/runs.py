@@ -17,6 +17,7 @@ from pydantic import Field
 from unveil import __version__
 from unveil.denoisers.base import MaskedDenoiser
 from unveil.denoisers.load import load_denoiser
+from unveil.denoisers.score import ScoreConfig, ScoreDenoiser
 from unveil.denoisers.tokenizer import TextTokenizer
 from unveil.denoisers.transformer import TransformerConfig, TransformerDenoiser
 from unveil.denoisers.unmask import UnmaskNetwork
@@ -43,6 +44,8 @@ class NewModel:
     """Start from this model; then the other fields are not used."""
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
     """Its shape."""
+    prediction: Literal["logits", "log_score"] = "logits"
+    """``log_score``: a network that is told the time and learns scores by the score entropy (SEDD)."""
     largest_number: Annotated[int, Field(ge=0)] = 199
     """Every number from 0 to this is one token."""
     words: list[str] = field(default_factory=list)
@@ -233,7 +236,11 @@ def _new_denoiser(model: NewModel, seed: int) -> MaskedDenoiser:
         tokenizer = TextTokenizer.of_words(words)
     except ValueError as error:
         raise UserError(f"model.words: {error}") from error
-    denoiser = TransformerDenoiser(model.transformer, tokenizer)
+    denoiser: TransformerDenoiser
+    if model.prediction == "log_score":
+        denoiser = ScoreDenoiser(ScoreConfig(**vars(model.transformer)), tokenizer)
+    else:
+        denoiser = TransformerDenoiser(model.transformer, tokenizer)
     denoiser.initialise(generator(seed, "weights"))
     return denoiser
 

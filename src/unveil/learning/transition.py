@@ -1,0 +1,99 @@
+"""The reverse process' own step probability as policy (DCoLT, arXiv 2505.10446, for score networks).
+
+Every masked position of a step counts, also those that stayed masked: with a network of scores the probability of
+staying is the network's, so that the policy gradient also teaches it when tokens appear. With a masked process moving
+or staying is a coin that no weight turns, and only the revealed tokens have a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from unveil.denoisers.base import DenoiserSpec, MaskedDenoiser
+from unveil.learning.likelihoods import FIRST, Inner, Likelihood, Scores, Views
+from unveil.learning.scoring import CHUNK_ELEMENTS
+from unveil.processes.score_entropy import Method
+from unveil.registry import UserError
+from unveil.samplers.base import Sampler
+from unveil.samplers.reverse import ReverseSampler
+from unveil.samplers.trajectory import Trajectory
+
+
+@dataclass(kw_only=True)
+class TransitionLikelihood(Likelihood, name="transition"):
+    """The states that the sampler `reverse` visited: log p(x_s | x_t) of every position that was masked at time t."""
+
+    needs = frozenset({"states", "guesses", "revealed", "times"})
+    method: Method = "tweedie"
+    """How a score network's reverse rates are integrated; that of rollout.sampler."""
+
+    def check_fits(self, sampler: Sampler, denoiser: MaskedDenoiser) -> None:
+        if not isinstance(sampler, ReverseSampler):
+            raise UserError(f"policy.likelihood: 'transition' scores the sampler 'reverse', not {sampler.name!r}")
+        if self.method != sampler.method:
+            raise UserError(
+                f"policy.likelihood.method: should be {sampler.method!r} as in rollout.sampler, got {self.method!r}"
+            )
+
+    def views(
+        self, trajectory: Trajectory, chosen: Tensor, seeds: Sequence[int], spec: DenoiserSpec, inner: Inner = FIRST
+    ) -> Views:
+        rows, steps = ((chosen > 0) & trajectory.active).nonzero(as_tuple=True)
+        assert trajectory.guesses is not None and trajectory.revealed is not None and trajectory.times is not None
+        states, holes = trajectory.states_at(rows, steps), trajectory.holes_at(rows, steps)
+        return Views(
+            ids=torch.cat([trajectory.prompt_ids[rows], states], 1),
+            valid=trajectory.valid[rows],
+            prompt_width=trajectory.prompt_ids.shape[1],
+            scored=holes,
+            targets=torch.where(trajectory.revealed[rows, steps], trajectory.guesses[rows, steps], states),
+            rows=rows,
+            steps=steps,
+            holes=holes.sum(1),
+            length=holes.sum(1),
+            times=trajectory.times[rows, steps],
+        )
+
+    def score(self, denoiser: MaskedDenoiser, views: Views, temperature: float) -> Scores:
+        """Log-probabilities of the next states, by the transition that the sampler drew them from."""
+        device = denoiser.device
+        scored = views.scored.to(device)
+        assert views.times is not None
+        times = views.times.to(device)
+        canvas = denoiser.features(views.ids.to(device), views.valid.to(device), times[:, 0])
+        row, column = scored.nonzero(as_tuple=True)
+        features = canvas[row, views.prompt_width + column]
+        targets = views.targets.to(device)[row, column]
+        rows = max(1, CHUNK_ELEMENTS // denoiser.spec.vocab_size)
+        recompute = len(features) > rows and torch.is_grad_enabled()
+        parts = []
+        for part in zip(features.split(rows), targets.split(rows), times[row].split(rows), strict=True):
+            arguments = (denoiser, *part, temperature, self.method)
+            if recompute:
+                parts.append(checkpoint(_score_rows, *arguments, use_reentrant=False, preserve_rng_state=False))
+            else:
+                parts.append(_score_rows(*arguments))
+        log_prob, entropy = (torch.cat(values) for values in zip(*parts, strict=True))
+        nothing = torch.zeros(scored.shape, device=device)
+        return Scores(
+            log_prob=nothing.masked_scatter(scored, log_prob),
+            entropy=nothing.masked_scatter(scored, entropy),
+            forwards=len(views),
+        )
+
+
+def _score_rows(
+    denoiser: MaskedDenoiser, features: Tensor, targets: Tensor, times: Tensor, temperature: float, method: Method
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (N,) of the next states ``targets`` (N,) of N masked positions, and entropies (N,)."""
+    spec = denoiser.spec
+    masked = torch.full_like(targets, spec.mask_id)
+    transition = spec.process(method).step(denoiser.head(features), masked, times[:, 0], times[:, 1], temperature)
+    with torch.no_grad():
+        entropy = transition.entropy()
+    return transition.log_prob(targets), entropy
