@@ -19,12 +19,13 @@ from unveil.denoisers.transformer import TransformerDenoiser
 from unveil.denoisers.unmask import UnmaskInputs
 from unveil.learning.likelihoods import TrajectoryLikelihood
 from unveil.learning.objectives import Clipped
+from unveil.learning.selectors import NonZero
 from unveil.samplers.actions import PlackettLuce
 from unveil.samplers.masked import MaskedSampler
 from unveil.samplers.rules import Policy
 from unveil.samplers.trajectory import Trajectory
 from unveil.seeds import generator
-from unveil.systems.dcolt import Dcolt, NonZero, UnmaskingPolicyModule, ValidMean
+from unveil.systems.dcolt import Dcolt, UnmaskingPolicyModule, ValidMean
 from unveil.tasks.base import Problem, Verdict
 from unveil.training.policy_job import PolicyConfig, PolicyJob
 from unveil.training.runs import attach_unmask, choose_trained
