@@ -29,6 +29,7 @@ from unveil.samplers.actions import Action
 from unveil.samplers.base import Sampler
 from unveil.samplers.rules import Rule
 from unveil.samplers.schedules import Schedule
+from unveil.samplers.solvers import Solver
 from unveil.samplers.transforms import Transform
 from unveil.tasks.base import Task
 from unveil.training.policy_job import ProblemFilter
@@ -179,7 +180,7 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize(
     "family",
     [
-        Task, Sampler, Rule, Action, Transform, Schedule, UnmaskNetwork, ProblemFilter, Shaping, GroupHook, Advantage,
+        Task, Sampler, Rule, Action, Solver, Transform, Schedule, UnmaskNetwork, ProblemFilter, Shaping, GroupHook, Advantage,
         Selector, Likelihood, TokenFilter, Objective, Weighting,
     ],
 )

@@ -29,7 +29,15 @@ from typing import Any
 
 from unveil.claims.chase import ChaseDenoiser
 from unveil.claims.laboratory import (
-    Measured, markdown_table, mean, spread, total_cost, train_policy, train_to, two_processes, verdict,
+    Measured,
+    markdown_table,
+    mean,
+    spread,
+    total_cost,
+    train_policy,
+    train_to,
+    two_processes,
+    verdict,
 )  # fmt: skip
 from unveil.denoisers.unmask import FILE
 from unveil.recipe import dump

@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     from unveil.samplers.canvas import Canvas
     from unveil.samplers.text import response_texts
     from unveil.seeds import derive_seed
+    from unveil.tasks.evaluate import text_tokens, unigram_entropy
 
     if args.samples < 1:
         raise UserError(f"--samples: should be at least 1, got {args.samples}")
@@ -119,6 +120,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     ]  # fmt: skip
     return 0, {
         "completions": completions, "length": length, "steps": sampler.steps, "forwards": trajectory.forwards,
+        "sample_entropy": unigram_entropy(trajectory.response_ids, text_tokens(denoiser, trajectory)).mean().item(),
         "seconds": round(seconds, 3), "trajectory": args.trajectory,
     }  # fmt: skip
 

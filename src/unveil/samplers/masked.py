@@ -84,7 +84,7 @@ class MaskedSampler(Sampler, name="masked"):
 
     def refused_fields(self) -> dict[str, str]:
         """Trajectory fields that this sampler cannot record, and why."""
-        refused = {}
+        refused = {"times": "needs a sampler on a grid of times ('reverse')"}
         if self.rule.takes_back:
             refused["step_map"] = "is not exact for a rule that takes tokens back; ask for 'states'"
         if self.solver.revises:
@@ -167,8 +167,7 @@ class _Chains:
         self.timetable: Timetable | None = None
         self.planned = lengths
         holes = (canvas.response == self.mask_id) & canvas.response_valid & ~canvas.frozen
-        keeps_time = denoiser.spec.time_conditioned or "times" in needs
-        self.clock = Clock.of(holes, layout, seeds, device) if keeps_time else None
+        self.clock = Clock.of(holes, layout, seeds, device) if denoiser.spec.time_conditioned else None
         if sampler.rule.follows_schedule:
             self.timetable = Timetable.of(holes, layout, sampler.schedule, device)
             self.planned = torch.tensor(self.timetable.ends)
@@ -233,8 +232,7 @@ class _Chains:
             read = read | self.again
         width = holes.shape[1]
         times = None if self.clock is None else self.clock.at(slot.block, open_holes.sum(1))
-        told = times if self.denoiser.spec.time_conditioned else None
-        features = self.denoiser.features(self.ids, self.valid, told)[:, self.start : self.start + width]
+        features = self.denoiser.features(self.ids, self.valid, times)[:, self.start : self.start + width]
         self.forwards += len(self.rows)
         logits = self.denoiser.head(features[read])
         noise = None if self.order_noise is None else self.order_noise[self.rows, step, :, :width]
@@ -267,7 +265,7 @@ class _Chains:
             view.preference = self._preference(holes, in_block, inside, shown, view, features)
         updated = updated.masked_fill(sampler.rule.holes_after(view, self.state), self.mask_id)
         if self.needs:
-            self._record(step, response, holes, read, guess, score, logits, tokens, updated, in_block, view, times)
+            self._record(step, response, holes, read, guess, score, logits, tokens, updated, in_block, view)
         if sampler.solver.revises:
             self.again = holes & (updated != self.mask_id)
         response.copy_(updated)
@@ -279,7 +277,7 @@ class _Chains:
             ahead = certainty_rank(noise[:, 0].float().masked_fill(~open_holes, -torch.inf)).double()
         else:  # the order is not known yet: the middle of the step
             ahead = ((left - slot.remain - 1) / 2)[:, None].expand(open_holes.shape).double()
-        if self.clock is None or not self.denoiser.spec.time_conditioned:
+        if self.clock is None:
             now, at = left.double(), left[:, None] - ahead
         else:
             now, at = self.clock.at(slot.block, left), self.clock.at(slot.block, left, ahead.long())
@@ -390,7 +388,6 @@ class _Chains:
         updated: Tensor,
         in_block: Tensor,
         view: StepView,
-        times: Tensor | None,
     ) -> None:
         filled = holes & (updated != self.mask_id)
         values: dict[str, Callable[[], Tensor | None]] = {
@@ -405,7 +402,6 @@ class _Chains:
             "block": in_block.clone,
             "order": lambda: filled.long() if view.order is None else view.order,
             "order_log_prob": lambda: view.order_log_prob,
-            "times": lambda: times,
             "taken_back": lambda: ~holes & self.editable & (updated == self.mask_id),
         }
         for name in self.needs:
@@ -427,7 +423,7 @@ class _Chains:
 
     def _empty_record(self, name: str) -> Tensor:
         batch, width = self.final.shape
-        if name in ("order_log_prob", "times"):
+        if name == "order_log_prob":
             return torch.zeros(batch, 0)
         whole = dict.fromkeys(("states", "guesses", "order"), torch.long)
         kind = whole | dict.fromkeys(("confidence", "log_prob", "entropy"), torch.float32)
