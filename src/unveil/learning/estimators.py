@@ -170,13 +170,15 @@ class MaskedAnswer(Likelihood):
         maskable = counted & ~shown
         always = trajectory.response_valid & ~counted & ~shown
         drawn = [self.masks(int(maskable[row].sum()), seed, inner) for row, seed in enumerate(seeds)]
-        count = len(drawn[0].holes)
-        rows = torch.arange(len(trajectory)).repeat_interleave(count)
+        rows = torch.arange(len(trajectory)).repeat_interleave(len(drawn[0].holes))
         scored = torch.zeros_like(maskable)[rows]
         scored[maskable[rows]] = torch.cat([masks.holes.flatten() for masks in drawn])
+        coefficient = torch.cat([masks.coefficient for masks in drawn]).float()
+        times = torch.cat([masks.times for masks in drawn]).float()
+        said = scored.any(1)  # a view without masks has nothing to say
+        rows, scored, coefficient, times = rows[said], scored[said], coefficient[said], times[said]
         holes = scored | always[rows]
         responses = trajectory.response_ids[rows]
-        coefficient = torch.cat([masks.coefficient for masks in drawn]).float()
         return Views(
             ids=torch.cat([trajectory.prompt_ids[rows], responses.masked_fill(holes, spec.mask_id)], 1),
             valid=trajectory.valid[rows],
@@ -186,9 +188,9 @@ class MaskedAnswer(Likelihood):
             rows=rows,
             steps=trajectory.last_steps[rows],
             holes=holes.sum(1),
-            length=maskable.sum(1)[rows] / count,
+            length=(maskable.sum(1) / rows.bincount(minlength=len(trajectory)).clamp(min=1))[rows],
             coefficient=coefficient[:, None].expand(scored.shape),
-            times=torch.cat([masks.times for masks in drawn]).float(),
+            times=times,
         )
 
 

@@ -37,11 +37,13 @@ class DigitSum(Task, name="digit_sum"):
     """The sum modulo ``modulus``, or merely the first digit: a question whose right answer is short."""
     solve: Literal["worked", "direct"] = "worked"
     """How solutions answer a sum: by all running sums, or straight. The first digit is always said straight."""
+    phrases: Annotated[int, Field(ge=1, le=4)] = 4
+    """How many of the wordings solutions choose from; 1: the bare answer, stated once."""
 
     def problems(self, split: Split, count: int, seed: int) -> list[Problem]:
         rng = random.Random(f"digit_sum/{split}/{seed}")
         chains = RunningSum(length=self.length, modulus=self.modulus).problems(split, count, seed)
-        return [self._problem(chain, rng.choice(PHRASES)) for chain in chains]
+        return [self._problem(chain, rng.choice(PHRASES[: self.phrases])) for chain in chains]
 
     def check(self, problem: Problem, completion: str) -> Verdict:
         words = completion.split()
