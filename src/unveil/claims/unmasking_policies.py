@@ -40,6 +40,7 @@ from unveil.claims.laboratory import (
     verdict,
 )  # fmt: skip
 from unveil.denoisers.unmask import FILE
+from unveil.recipe import dump
 from unveil.samplers.actions import Bernoulli, BernoulliArgmax
 from unveil.samplers.masked import MaskedSampler
 from unveil.samplers.rules import LowConfidence, Policy, Random, Rule, Threshold
@@ -178,6 +179,7 @@ def _policy(out: Path, seed: int, kind: str, updates: int) -> Measured:
         denoiser, policy, folder, seed=seed, lr=LEARNING_RATE, updates=updates, measure=measure, points=4,
         microbatch=4096,
     )  # fmt: skip
+    denoiser.unmask_action = dump(Bernoulli())
     denoiser.save_unmask(folder)
     last = result["curve"][-1]
     result |= {"accuracy": last["accuracy"], "steps": last["steps"], "unfinished": last["unfinished"]}
