@@ -41,7 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="response positions (default: as trained, where the model's recipe is at hand, else what "
         f"the model's canvas leaves, at most {_LONGEST})",
     )  # fmt: skip
-    parser.add_argument("--rule", default="lcr", metavar="NAME[:field=value,...]", help="decoding rule (default: lcr)")
+    parser.add_argument(
+        "--rule", default="lcr", metavar="NAME[:field=value,...]",
+        help="decoding rule, or reverse: the reverse process on a grid of times (default: lcr)",
+    )  # fmt: skip
     parser.add_argument("--schedule", metavar="NAME[:field=value,...]", help="tokens per step (default: even)")
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (default: one per position)")
     parser.add_argument("--block", type=int, metavar="N", help="block length (default: full diffusion)")
@@ -97,7 +100,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     needs: set[str] = set()
     if args.show or args.trajectory:
         needs = {"states", "guesses", "confidence", "log_prob", "revealed", "taken_back"}
-        needs |= set() if sampler.rule.takes_back else {"step_map"}
+        needs |= {"step_map"} - sampler.refused_fields().keys()
     started = time.perf_counter()
     trajectory = sampler.sample(denoiser, canvas, seeds, needs=needs, batch_size=128)
     seconds = time.perf_counter() - started
@@ -199,14 +202,13 @@ def _length(args: argparse.Namespace, denoiser: MaskedDenoiser, longest: int) ->
 
 
 def _sampler(args: argparse.Namespace, length: int) -> Any:
-    from unveil.cli.decoders import plugin, sampler
-    from unveil.samplers.rules import Rule
+    from unveil.cli.decoders import plugin, rule, sampler
     from unveil.samplers.schedules import Schedule
 
     settings = {
         "steps": length if args.steps is None else args.steps,
         "block_length": args.block,
-        "rule": plugin(args.rule, "--rule", Rule),
+        "rule": rule(args.rule, "--rule"),
         "schedule": None if args.schedule is None else plugin(args.schedule, "--schedule", Schedule),
         "temperature": args.temperature,
         "top_p": args.top_p,
