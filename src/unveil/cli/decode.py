@@ -49,7 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="response positions (default: as trained, where the model's recipe is at hand, else what "
         f"the model's canvas leaves, at most {_LONGEST})",
     )  # fmt: skip
-    parser.add_argument("--rule", metavar="NAME[:field=value,...]", help="decoding rule (default: lcr)")
+    parser.add_argument(
+        "--rule", metavar="NAME[:field=value,...]",
+        help="decoding rule, or reverse: the reverse process on a grid of times (default: lcr)",
+    )  # fmt: skip
     parser.add_argument("--schedule", metavar="NAME[:field=value,...]", help="tokens per step (default: even)")
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (default: one per position)")
     parser.add_argument("--block", type=int, metavar="N", help="block length (default: full diffusion)")
@@ -245,8 +248,7 @@ def _length(args: argparse.Namespace, recipe: DecodeRecipe | None, denoiser: Mas
 
 
 def _sampler(args: argparse.Namespace, recipe: DecodeRecipe | None, length: int) -> Sampler:
-    from unveil.cli.decoders import plugin, sampler
-    from unveil.samplers.rules import Rule
+    from unveil.cli.decoders import plugin, rule, sampler
     from unveil.samplers.schedules import Schedule
     from unveil.samplers.solvers import Solver
 
@@ -256,7 +258,7 @@ def _sampler(args: argparse.Namespace, recipe: DecodeRecipe | None, length: int)
     settings = {
         "steps": length if args.steps is None else args.steps,
         "block_length": args.block,
-        "rule": plugin(args.rule or "lcr", "--rule", Rule),
+        "rule": rule(args.rule or "lcr", "--rule"),
         "schedule": None if args.schedule is None else plugin(args.schedule, "--schedule", Schedule),
         "solver": None if args.solver is None else plugin(args.solver, "--solver", Solver),
         "temperature": args.temperature,

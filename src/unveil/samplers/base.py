@@ -29,6 +29,15 @@ class Sampler(Plugin, family="sampler", default="masked"):
         """False if tokens are not drawn from the network's own output at their step; nothing can then score them."""
         return True
 
+    @property
+    def planned_steps(self) -> int | None:
+        """The number of steps that was asked for; None: the sampler sets its own pace."""
+        return None
+
+    def refused_fields(self) -> dict[str, str]:
+        """Trajectory fields that this sampler cannot record, and why."""
+        return {}
+
     def check_fits(self, response_length: int) -> None:
         """Refuse settings that do not fit responses of ``response_length`` tokens.
 

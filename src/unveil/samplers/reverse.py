@@ -43,6 +43,10 @@ class ReverseSampler(Sampler, name="reverse"):
     """Keep the output of a row in which nothing changed, if the network is not told the time (MDLM's cached sampler).
     """
 
+    @property
+    def planned_steps(self) -> int:
+        return self.steps
+
     def refused_fields(self) -> dict[str, str]:
         return dict.fromkeys(("block", "order", "order_log_prob"), "needs a sampler with blocks and rules ('masked')")
 
