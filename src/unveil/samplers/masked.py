@@ -221,8 +221,6 @@ class _Chains:
     def _step(self, step: int, holes: Tensor) -> None:
         sampler, response = self.sampler, self.response
         slot = self._slot(step, holes)
-        inside = self.valid[:, self.start : self.start + holes.shape[1]]
-        in_block = inside & (self.block_of == slot.block[:, None])
         open_holes = holes if self.blocks == 1 else holes & (self.block_of <= slot.block[:, None])
         # A reader of guesses wants the whole x_0, holes of later blocks included; a network reads what is believed of
         # them all; another rule only ever sees the open ones.
@@ -262,10 +260,10 @@ class _Chains:
         view.score = seen
         if self.network is not None:
             shown = score.masked_fill(~holes, 0)
-            view.preference = self._preference(holes, in_block, inside, shown, view, features)
+            view.preference = self._preference(holes, slot, shown, view, features)
         updated = updated.masked_fill(sampler.rule.holes_after(view, self.state), self.mask_id)
         if self.needs:
-            self._record(step, response, holes, read, guess, score, logits, tokens, updated, in_block, view)
+            self._record(step, response, holes, read, guess, score, logits, tokens, updated, slot, view)
         if sampler.solver.revises:
             self.again = holes & (updated != self.mask_id)
         response.copy_(updated)
@@ -286,21 +284,30 @@ class _Chains:
         )
 
     def _preference(
-        self, holes: Tensor, in_block: Tensor, inside: Tensor, confidence: Tensor, view: StepView, features: Tensor
+        self, holes: Tensor, slot: Slot, confidence: Tensor, view: StepView, features: Tensor
     ) -> Tensor:
         """(b, R) logits of the rule's network."""
         assert self.network is not None and view.done is not None and view.planned is not None
         network, module = self.network
         inputs = UnmaskInputs(
             masked=holes,
-            block=in_block,
+            block=self._in_block(slot),
             confidence=confidence,
-            valid=inside,
+            valid=self._inside,
             step=view.done,
             planned=view.planned,
             features=features if network.reads_features else None,
         )
         return module(inputs)
+
+    @property
+    def _inside(self) -> Tensor:
+        """(b, R) True inside each live row's response."""
+        return self.valid[:, self.start : self.start + self.editable.shape[1]]
+
+    def _in_block(self, slot: Slot) -> Tensor:
+        """(b, R) the positions of the current block."""
+        return self._inside & (self.block_of == slot.block[:, None])
 
     def _slot(self, step: int, holes: Tensor) -> Slot:
         """What the schedule says of this step; rules that set their own pace only have the current block."""
@@ -386,7 +393,7 @@ class _Chains:
         logits: Tensor,
         tokens: Tensor,
         updated: Tensor,
-        in_block: Tensor,
+        slot: Slot,
         view: StepView,
     ) -> None:
         filled = holes & (updated != self.mask_id)
@@ -399,7 +406,7 @@ class _Chains:
             ),
             "entropy": lambda: torch.zeros_like(score).masked_scatter_(read, -confidence(logits, tokens, "entropy")),
             "revealed": lambda: filled,
-            "block": in_block.clone,
+            "block": lambda: self._in_block(slot),
             "order": lambda: filled.long() if view.order is None else view.order,
             "order_log_prob": lambda: view.order_log_prob,
             "taken_back": lambda: ~holes & self.editable & (updated == self.mask_id),
