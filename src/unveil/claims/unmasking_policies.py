@@ -176,7 +176,7 @@ def _policy(out: Path, seed: int, kind: str, updates: int) -> Measured:
     folder = out / f"{kind.replace(' ', '-')}-{seed}"
     result = train_policy(
         denoiser, policy, folder, seed=seed, lr=LEARNING_RATE, updates=updates, measure=measure, points=4,
-        microbatch=4096,
+        microbatch=4096, schedule="cosine", final_lr=0.1, max_grad_norm=0.2,
     )  # fmt: skip
     denoiser.unmask_action = dump(Bernoulli())
     denoiser.save_unmask(folder)
