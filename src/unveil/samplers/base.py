@@ -34,10 +34,6 @@ class Sampler(Plugin, family="sampler", default="masked"):
         """The number of steps that was asked for; None: the sampler sets its own pace."""
         return None
 
-    def refused_fields(self) -> dict[str, str]:
-        """Trajectory fields that this sampler cannot record, and why."""
-        return {}
-
     def check_fits(self, response_length: int) -> None:
         """Refuse settings that do not fit responses of ``response_length`` tokens.
 
