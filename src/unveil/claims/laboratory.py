@@ -132,8 +132,11 @@ def train_policy(
     points: int = 20,
     microbatch: int = 512,
     weight_decay: float = 0.0,
+    **optim: Any,
 ) -> Measured:
     """Improve a policy and follow what ``measure(job)`` finds before, at up to ``points`` moments, and after.
+
+    ``optim`` are further fields of `OptimConfig`.
 
     Returns:
         ``curve``, a list of measurements with ``optimizer_steps`` and ``update``; ``metrics``, what every update
@@ -142,7 +145,7 @@ def train_policy(
     every = max(1, updates // points)
     trainer = _trainer(
         denoiser, lr=lr, updates=updates, folder=folder, every=every, microbatch=microbatch, weight_decay=weight_decay,
-        keep_reference=policy.kl.beta > 0,
+        keep_reference=policy.kl.beta > 0, **optim,
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     log = RunLog(folder, LogConfig(tensorboard=False))
@@ -173,10 +176,12 @@ def _trainer(
     microbatch: int = 512,
     weight_decay: float = 0.0,
     keep_reference: bool = False,
+    **optim: Any,
 ) -> Trainer:
+    settings: dict[str, Any] = {"lr": lr, "max_grad_norm": 1.0, "microbatch": microbatch, "weight_decay": weight_decay}
     return Trainer(
         denoiser,
-        OptimConfig(lr=lr, max_grad_norm=1.0, microbatch=microbatch, weight_decay=weight_decay),
+        OptimConfig(**(settings | optim)),
         CheckpointConfig(every=NEVER, keep=1),
         SnapshotConfig(),
         updates=updates,
