@@ -26,7 +26,7 @@ def test_the_frontier_joins_the_best_points(steps: float, height: float) -> None
 def test_the_denoiser_reads_table_start_and_the_tokens_before(tmp_path: Path) -> None:
     net = ChaseDenoiser(values=4, longest=6)
     net.initialise(generator(0, "chase"))
-    prompt = [net.tokenizer.id(word) for word in "3 0 1 3 2".split()]
+    prompt = [net.tokenizer.id(word) for word in ("3", "0", "1", "3", "2")]
     mask, two = net.spec.mask_id, net.tokenizer.id("2")
     rows = [[mask] * 6, [two, *[mask] * 5]]
     ids = Canvas.of([prompt, prompt], 6, net.spec, initial=rows).ids
