@@ -12,7 +12,7 @@ Beforehand, on the denoiser: the threshold 0.9 loses >= 5 points to left to righ
 3. alpha 0 takes >= 1.5 times the steps of alpha 3.
 4. The added reward (alpha 3) is hacked: < 2 steps and < 20 % right, on every seed; the multiplied one is not.
 5. The policy file of alpha 0.3, trained at L = 12, opened by the rule ``policy`` on canvases of 18: >= 99 % of chains
-   end without holes, and the accuracy is at most 5 points below that at 12.
+   end without holes on every seed, and the mean accuracy is no less than that of the best threshold there.
 Expert steering (one threshold 0.9 in blocks of 4 per group) is reported, as are random and most certain K a step.
 
 Steps are counted per chain: each is one evaluation of the denoiser. Policies decode with ``bernoulli_argmax``. The
@@ -58,7 +58,7 @@ ALPHAS = (0.0, 0.3, 1.0, 3.0)
 HELD_OUT = 400
 LEARNING_RATE, PROMPTS, GROUP = 1e-3, 32, 8
 TASK = PointerChase(shortest=3)
-EASY, GAIN, FEWER, SLACK, RATIO, LONGER_SLACK = 0.05, 0.05, 0.8, 0.02, 1.5, 0.05
+EASY, GAIN, FEWER, SLACK, RATIO = 0.05, 0.05, 0.8, 0.02, 1.5
 
 
 def reproduce(seeds: int, quick: bool, out: Path, report: Callable[[str], None]) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def reproduce(seeds: int, quick: bool, out: Path, report: Callable[[str], None])
         _block_check(by_kind["blocks 0.3"], rules),
         _alpha_check(by_kind),
         _added_check(by_kind),
-        _longer_check(by_kind["alpha 0.3"]),
+        _longer_check(by_kind["alpha 0.3"], rules),
     ]
     return {
         "name": "unmasking_policies",
@@ -135,13 +135,14 @@ def _rules(out: Path, seed: int) -> Measured:
     """All decoding rules without training on the denoiser of a seed."""
     denoiser = _denoiser(out, seed)
 
-    def decode(rule: Rule, block: int, steps: int = LENGTH) -> Measured:
-        return _decode(denoiser, MaskedSampler(steps=steps, block_length=block, rule=rule))
+    def decode(rule: Rule, block: int, steps: int = LENGTH, length: int = LENGTH) -> Measured:
+        return _decode(denoiser, MaskedSampler(steps=steps, block_length=block, rule=rule), length)
 
     cells = {"left to right": decode(LowConfidence(), 1)}
-    for block in (LENGTH, BLOCK):
+    for block, length in ((LENGTH, LENGTH), (BLOCK, LENGTH), (LONGER, LONGER)):
         for threshold in THRESHOLDS:
-            cells[f"threshold {threshold:g}, block {block}"] = decode(Threshold(threshold=threshold), block)
+            rule = Threshold(threshold=threshold)
+            cells[f"threshold {threshold:g}, block {block}"] = decode(rule, block, length, length)
     for count in A_STEP:
         cells[f"most certain {count}"] = decode(LowConfidence(), LENGTH, LENGTH // count)
         cells[f"random {count}"] = decode(Random(), LENGTH, LENGTH // count)
@@ -208,9 +209,14 @@ def _cell(rules: Sequence[Measured], name: str) -> Measured:
     return {key: mean(cells, key) for key in ("accuracy", "steps")}
 
 
+def _best_threshold(rules: Sequence[Measured], block: int) -> str:
+    """The threshold of the highest mean accuracy, of equals that of fewer steps."""
+    names = [f"threshold {threshold:g}, block {block}" for threshold in THRESHOLDS]
+    return max(names, key=lambda name: (_cell(rules, name)["accuracy"], -_cell(rules, name)["steps"]))
+
+
 def _full_check(by_kind: dict[str, list[Measured]], rules: Sequence[Measured]) -> Measured:
-    names = [f"threshold {threshold:g}, block {LENGTH}" for threshold in THRESHOLDS]
-    name = max(names, key=lambda name: (_cell(rules, name)["accuracy"], -_cell(rules, name)["steps"]))
+    name = _best_threshold(rules, LENGTH)
     best = _cell(rules, name)
     points = {
         kind: {key: mean(results, key) for key in ("accuracy", "steps")}
@@ -290,15 +296,16 @@ def _added_check(by_kind: dict[str, list[Measured]]) -> Measured:
     }
 
 
-def _longer_check(results: Sequence[Measured]) -> Measured:
+def _longer_check(results: Sequence[Measured], rules: Sequence[Measured]) -> Measured:
     longer = [result["longer"] for result in results]
-    lost = mean(results, "accuracy") - mean(longer, "accuracy")
     unfinished = max(result["unfinished"] for result in longer)
+    name = _best_threshold(rules, LONGER)
+    best = _cell(rules, name)
     return {
         "name": f"5 the policy of {LENGTH} positions on {LONGER}",
-        "demand": f"<= 1 % of chains with holes on every seed, accuracy at most {100 * LONGER_SLACK:g} points lower",
-        "measured": f"{_mean_point(results)} -> {_mean_point(longer)}; holes in {100 * unfinished:.1f} %",
-        "holds": unfinished <= 0.01 and lost <= LONGER_SLACK,
+        "demand": "<= 1 % of chains with holes on every seed, and the accuracy of the best threshold there",
+        "measured": f"{_mean_point(longer)}, holes in {100 * unfinished:.1f} %; {name}: {_point(best)}",
+        "holds": unfinished <= 0.01 and mean(longer, "accuracy") >= best["accuracy"],
         "per_seed": longer,
     }
 
