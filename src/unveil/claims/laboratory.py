@@ -88,6 +88,38 @@ def train_to(
     return {"updates": update, "accuracy": reached, "line": f"{reached:.3f} after {update} updates"}
 
 
+def train_steps(
+    denoiser: MaskedDenoiser,
+    data: DenoisingConfig,
+    folder: Path,
+    *,
+    seed: int,
+    lr: float,
+    updates: int,
+    measure: Callable[[int], Measured],
+    points: int = 20,
+) -> Measured:
+    """Train the denoiser on data for ``updates`` steps, ``measure(update)`` before, at up to ``points`` moments, after.
+
+    Returns:
+        ``curve`` as of `train_policy`, and the cost.
+    """
+    every = max(1, updates // points)
+    trainer = _trainer(denoiser, lr=lr, updates=updates, folder=folder, every=every)
+    folder.mkdir(parents=True, exist_ok=True)
+    log = RunLog(folder, LogConfig(tensorboard=False))
+    job = DenoisingJob(trainer, data, DenoisingEval(), log, seed=seed)
+    curve: list[Measured] = []
+
+    def follow(update: int) -> None:
+        curve.append({"update": update, "optimizer_steps": trainer.cost.optimizer_steps, **measure(update)})
+
+    job.evaluate = follow  # type: ignore[method-assign]
+    trainer.fit(job, log)
+    log.close()
+    return {"curve": curve, **_cost(trainer)}
+
+
 def train_policy(
     denoiser: MaskedDenoiser,
     policy: PolicyConfig,
@@ -127,8 +159,11 @@ def train_policy(
     job.evaluate = follow  # type: ignore[method-assign]
     trainer.fit(job, log, lambda _, metrics: logged.append(metrics))
     log.close()
-    cost = {key: getattr(trainer.cost, key) for key in ("optimizer_steps", "rollouts", "forwards", "seconds")}
-    return {"curve": curve, "metrics": logged, **cost}
+    return {"curve": curve, "metrics": logged, **_cost(trainer)}
+
+
+def _cost(trainer: Trainer) -> Measured:
+    return {key: getattr(trainer.cost, key) for key in ("optimizer_steps", "rollouts", "forwards", "seconds")}
 
 
 def _trainer(
