@@ -48,6 +48,7 @@ from unveil.claims.laboratory import (
     two_processes,
     verdict,
 )
+from unveil.claims.score_form import score_form
 from unveil.learning.likelihoods import TrajectoryLikelihood
 from unveil.samplers.actions import PlackettLuce
 from unveil.samplers.masked import MaskedSampler
@@ -82,8 +83,6 @@ def reproduce(seeds: int, quick: bool, out: Path, report: Report) -> dict[str, A
     Returns:
         name, verdict (holds | partly | fails), checks with demand and measured values per seed, cost, a Markdown table.
     """
-    from unveil.claims.score_form import score_form
-
     started = time.perf_counter()
     numbers = list(range(seeds))
     updates = UPDATES // 3 if quick else UPDATES
