@@ -23,7 +23,11 @@ _LONGEST = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="model folder, run folder, or name of an embedded model")
+    parser.add_argument("model", metavar="MODEL", help="model folder, run folder, embedded model, or owner/name on the hub")
+    parser.add_argument("--chat", action="store_true", help="wrap prompts into the chat template of a published model")
+    parser.add_argument(
+        "--dtype", choices=["fp32", "bf16"], default="fp32", help="weights of a published model (default: fp32)"
+    )
     given = parser.add_mutually_exclusive_group()
     given.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be repeated")
     given.add_argument(
@@ -84,8 +88,11 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     if args.trajectory is not None:
         _check_target(Path(args.trajectory))
     prompts = _prompts(args)
-    denoiser = open_model(args.model)
-    tokens = [_encode(denoiser, prompt, f"prompt {row}") for row, prompt in enumerate(prompts)]
+    denoiser = open_model(args.model, dtype=args.dtype, chat=args.chat)
+    tokens = []
+    for row, prompt in enumerate(prompts):
+        tokens.append(denoiser.encode_prompt(prompt))
+        _warn_unknown(denoiser, tokens[-1], prompt, f"prompt {row}")
     template = None if args.infill is None else _template(denoiser, args.infill)
     length = len(template) if template else _length(args, denoiser, max(map(len, tokens)))
     sampler = _sampler(args, length)
@@ -161,18 +168,16 @@ def _plain_lines(text: str, source: str) -> list[str]:
     return lines
 
 
-def _encode(denoiser: MaskedDenoiser, text: str, what: str) -> list[int]:
-    """Ids of the text; words that the model does not know are reported, for it cannot read them."""
+def _warn_unknown(denoiser: MaskedDenoiser, ids: list[int], text: str, what: str) -> None:
+    """Report words that the model does not know, for it cannot read them."""
     from unveil.denoisers.tokenizer import UNKNOWN
 
-    ids = denoiser.tokenizer.encode(text)
     unknown = denoiser.tokenizer.backend.token_to_id(UNKNOWN)
     if unknown is not None and (count := ids.count(unknown)):
         print(
             f"unveil: warning: {what} has {count} word(s) that the model does not know: {text!r}",
             file=sys.stderr,
         )
-    return ids
 
 
 def _template(denoiser: MaskedDenoiser, text: str) -> list[int]:
@@ -182,7 +187,8 @@ def _template(denoiser: MaskedDenoiser, text: str) -> list[int]:
     ids: list[int] = []
     for place, part in enumerate(text.split(_MASK)):
         ids += [denoiser.spec.mask_id] if place else []
-        ids += _encode(denoiser, part, "--infill") if part.strip() else []
+        ids += denoiser.tokenizer.encode(part) if part.strip() else []
+    _warn_unknown(denoiser, ids, text, "--infill")
     return ids
 
 

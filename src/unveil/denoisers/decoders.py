@@ -1,0 +1,73 @@
+"""Published masked models whose network is a decoder of ``transformers`` with attention in both directions.
+
+Qwen3-, Qwen2- and Llama-shaped checkpoints that were converted from autoregressive ones (``a2d-*``) need nothing else;
+LLaDA and Dream are special cases in files of their own.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from unveil.denoisers.pretrained import PretrainedDenoiser
+from unveil.registry import UserError, did_you_mean
+
+ARCHITECTURES = {"qwen3": "Qwen3", "qwen2": "Qwen2", "llama": "Llama"}
+
+
+class DecoderDenoiser(PretrainedDenoiser):
+    """``...ForCausalLM`` whose causal mask is off."""
+
+    network: Any
+    output_layers = ("lm_head",)
+    prefix: ClassVar[str] = "a2d-"
+    """Of the model_type, before the architecture's name."""
+
+    @classmethod
+    def build(cls, config: dict[str, Any]) -> nn.Module:
+        settings = {key: value for key, value in config.items() if key not in ("auto_map", "architectures")}
+        return bidirectional(settings.pop("model_type").removeprefix(cls.prefix), settings)
+
+    def hidden(self, ids: Tensor, attendable: Tensor | None, position: Tensor, t: Tensor | None) -> Tensor:
+        mask = None
+        if attendable is not None:
+            batch, length = attendable.shape
+            mask = attendable[:, None, None, :].expand(batch, 1, length, length)
+        network = self.network.model
+        return network(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=False).last_hidden_state
+
+    def logits(self, features: Tensor) -> Tensor:
+        return self.network.lm_head(features)
+
+    def sizes(self) -> dict[str, int]:
+        config = self.network.config
+        return {
+            "vocab_size": config.vocab_size,
+            "context_length": config.max_position_embeddings,
+            "feature_dim": config.hidden_size,
+        }
+
+
+def bidirectional(architecture: str, settings: dict[str, Any]) -> nn.Module:
+    """A causal language model of ``transformers`` in which every position attends to every other.
+
+    Raises:
+        UserError: the architecture is not known.
+    """
+    import transformers
+
+    if architecture not in ARCHITECTURES:
+        raise UserError(f"architecture {architecture!r} is not known{did_you_mean(architecture, ARCHITECTURES)}")
+    name = ARCHITECTURES[architecture]
+    settings = {key: value for key, value in settings.items() if key not in ("torch_dtype", "dtype")}
+    settings |= {key: 0.0 for key in settings if key.endswith("dropout")}
+    config = getattr(transformers, f"{name}Config")(**settings)
+    config.is_causal = False  # read where the library makes its masks
+    config._attn_implementation = "sdpa"
+    network = getattr(transformers, f"{name}ForCausalLM")(config)
+    for module in network.modules():
+        if hasattr(module, "is_causal"):
+            module.is_causal = False  # read by the attention itself where there is no mask
+    network.tie_weights()
+    return network
