@@ -1,7 +1,7 @@
 """Toy folders in the formats of published models, written by hand: names and shapes are those of the authors' files.
 
-``denoisers/fixtures/authors.json`` holds, per model, a configuration, the name and shape of every tensor as the authors'
-own modelling code has it, token ids, and the logits which that code gave in float32 (LLaDA: LLaDAModel of
+``denoisers/fixtures/authors.json`` holds, per model, a configuration, the name and shape of every tensor as the
+authors' own modelling code has it, token ids, and the logits which that code gave in float32 (LLaDA: LLaDAModel of
 modeling_llada.py; Dream: DreamModel of modeling_dream.py, its logits moved by one as its sampler does; MDLM: DIT of
 models/dit.py at noise level 0, and at two others). Weights are not stored but follow from a tensor's name (`weight`).
 """
@@ -70,7 +70,8 @@ def write_folder(folder: Path, config: dict[str, Any], names: dict[str, list[int
     if shards == 1:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     else:
-        files = {name: f"model-{1 + place % shards:05d}-of-{shards:05d}.safetensors" for place, name in enumerate(names)}
+        parts = [f"model-{1 + part:05d}-of-{shards:05d}.safetensors" for part in range(shards)]
+        files = {name: parts[place % shards] for place, name in enumerate(names)}
         for file in set(files.values()):
             save_file({name: tensors[name] for name in names if files[name] == file}, folder / file)
         index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": files}

@@ -23,7 +23,9 @@ _LONGEST = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="model folder, run folder, embedded model, or owner/name on the hub")
+    parser.add_argument(
+        "model", metavar="MODEL", help="model folder, run folder, embedded model, or owner/name on the hub"
+    )
     parser.add_argument("--chat", action="store_true", help="wrap prompts into the chat template of a published model")
     parser.add_argument(
         "--dtype", choices=["fp32", "bf16"], default="fp32", help="weights of a published model (default: fp32)"

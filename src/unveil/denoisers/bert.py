@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from unveil.denoisers.pretrained import PretrainedDenoiser
+from unveil.denoisers.pretrained import NO_SETTINGS, PretrainedDenoiser
 
 _CLASSES = {"bert": "Bert", "modernbert": "ModernBert"}
 _UNREAD = re.compile(r"(bert\.)?pooler\..*|cls\.seq_relationship\..*|.*\.position_ids")
@@ -25,9 +25,7 @@ class BertDenoiser(PretrainedDenoiser):
     def build(cls, config: dict[str, Any]) -> nn.Module:
         import transformers
 
-        settings = {
-            key: value for key, value in config.items() if key not in ("auto_map", "architectures", "torch_dtype", "dtype")
-        }
+        settings = {key: value for key, value in config.items() if key not in NO_SETTINGS}
         name = _CLASSES[settings.pop("model_type")]
         settings |= {key: 0.0 for key in settings if "dropout" in key and key != "classifier_dropout"}
         made = getattr(transformers, f"{name}Config")(**settings)

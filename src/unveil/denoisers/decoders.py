@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from unveil.denoisers.pretrained import PretrainedDenoiser
+from unveil.denoisers.pretrained import NO_SETTINGS, PretrainedDenoiser
 from unveil.registry import UserError, did_you_mean
 
 ARCHITECTURES = {"qwen3": "Qwen3", "qwen2": "Qwen2", "llama": "Llama"}
@@ -26,7 +26,7 @@ class DecoderDenoiser(PretrainedDenoiser):
 
     @classmethod
     def build(cls, config: dict[str, Any]) -> nn.Module:
-        settings = {key: value for key, value in config.items() if key not in ("auto_map", "architectures")}
+        settings = {key: value for key, value in config.items() if key not in NO_SETTINGS}
         return bidirectional(settings.pop("model_type").removeprefix(cls.prefix), settings)
 
     def hidden(self, ids: Tensor, attendable: Tensor | None, position: Tensor, t: Tensor | None) -> Tensor:
@@ -60,14 +60,10 @@ def bidirectional(architecture: str, settings: dict[str, Any]) -> nn.Module:
     if architecture not in ARCHITECTURES:
         raise UserError(f"architecture {architecture!r} is not known{did_you_mean(architecture, ARCHITECTURES)}")
     name = ARCHITECTURES[architecture]
-    settings = {key: value for key, value in settings.items() if key not in ("torch_dtype", "dtype")}
     settings |= {key: 0.0 for key in settings if key.endswith("dropout")}
     config = getattr(transformers, f"{name}Config")(**settings)
-    config.is_causal = False  # read where the library makes its masks
+    config.is_causal = False
     config._attn_implementation = "sdpa"
     network = getattr(transformers, f"{name}ForCausalLM")(config)
-    for module in network.modules():
-        if hasattr(module, "is_causal"):
-            module.is_causal = False  # read by the attention itself where there is no mask
     network.tie_weights()
     return network

@@ -1,4 +1,4 @@
-"""Dream 7B and its relatives (DiffuCoder, Dream-Coder): a Qwen2 without causal mask that still predicts the next token."""
+"""Dream 7B and its relatives (DiffuCoder, Dream-Coder): a Qwen2 without causal mask that predicts the next token."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from unveil.denoisers.base import DenoiserSpec
 from unveil.denoisers.decoders import DecoderDenoiser, bidirectional
+from unveil.denoisers.pretrained import NO_SETTINGS
 
 
 class DreamDenoiser(DecoderDenoiser):
@@ -17,7 +18,7 @@ class DreamDenoiser(DecoderDenoiser):
 
     @classmethod
     def build(cls, config: dict[str, Any]) -> nn.Module:
-        settings = {key: value for key, value in config.items() if key not in ("auto_map", "architectures", "model_type")}
+        settings = {key: value for key, value in config.items() if key not in (*NO_SETTINGS, "model_type")}
         scaling = settings.pop("rope_scaling", None) or {"rope_type": "default"}
         settings["rope_parameters"] = {**scaling, "rope_theta": settings.pop("rope_theta", 10000.0)}
         return bidirectional("qwen2", settings)

@@ -42,7 +42,8 @@ class MdlmDenoiser(PretrainedDenoiser):
         if lacking := [key for key in needed if type(config.get(key)) is not int or config[key] < 1]:
             raise UserError(f"{lacking[0]}: should be a positive integer, got {config.get(lacking[0])!r}")
         if config["hidden_dim"] % (2 * config["n_heads"]):
-            raise UserError(f"n_heads: {config['n_heads']} must divide hidden_dim={config['hidden_dim']} into even sizes")
+            heads, dim = config["n_heads"], config["hidden_dim"]
+            raise UserError(f"n_heads: {heads} must divide hidden_dim={dim} into even head sizes")
         return MdlmNetwork(config)
 
     @classmethod
@@ -124,19 +125,25 @@ class _Embedding(nn.Module):
         self.embedding = nn.Parameter(torch.empty(vocabulary, dim))
 
 
+class _TwoLayers(nn.Module):
+    def __init__(self, given: int, hidden: int, made: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(given, hidden), nn.Linear(hidden, made)
+
+
 class _NoiseLevel(nn.Module):
     """Sinusoids of the noise level, and two layers."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.mlp = nn.ModuleDict({"up": nn.Linear(_FREQUENCIES, dim), "down": nn.Linear(dim, dim)})
+        self.mlp = _TwoLayers(_FREQUENCIES, dim, dim)
 
     def forward(self, sigma: Tensor) -> Tensor:
         half = _FREQUENCIES // 2
         rate = torch.exp(-math.log(10000) * torch.arange(half, device=sigma.device, dtype=torch.float32) / half)
         angle = sigma[:, None].float() * rate
-        wave = torch.cat([angle.cos(), angle.sin()], -1).to(self.mlp["up"].weight.dtype)
-        return self.mlp["down"](F.silu(self.mlp["up"](wave)))
+        wave = torch.cat([angle.cos(), angle.sin()], -1).to(self.mlp.up.weight.dtype)
+        return self.mlp.down(F.silu(self.mlp.up(wave)))
 
 
 class _Rotary(nn.Module):
@@ -174,7 +181,7 @@ class _Block(nn.Module):
         self.norm1, self.norm2 = _Norm(dim), _Norm(dim)
         self.attn_qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.attn_out = nn.Linear(dim, dim, bias=False)
-        self.mlp = nn.ModuleDict({"up": nn.Linear(dim, 4 * dim), "down": nn.Linear(4 * dim, dim)})
+        self.mlp = _TwoLayers(dim, 4 * dim, dim)
         self.adaLN_modulation = nn.Linear(condition, 6 * dim)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], condition: Tensor, mask: Tensor | None) -> Tensor:
@@ -188,7 +195,7 @@ class _Block(nn.Module):
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         x = x + gate_attention * self.attn_out(mixed.transpose(1, 2).reshape(batch, length, dim))
         inner = self.norm2(x) * (1 + scale_mlp) + shift_mlp
-        return x + gate_mlp * self.mlp["down"](F.gelu(self.mlp["up"](inner), approximate="tanh"))
+        return x + gate_mlp * self.mlp.down(F.gelu(self.mlp.up(inner), approximate="tanh"))
 
 
 class _Output(nn.Module):

@@ -1,7 +1,7 @@
 """What all adapters to published networks share: the folder, the tokenizer, the ids, the saving.
 
-A published network keeps the names, shards and companion files of the folder that it came from, so that a tuned model is
-written in the format in which it was read. Nothing of a folder is executed: the network is a class of ``transformers``
+A published network keeps the names, shards and companion files of the folder that it came from, so that a tuned model
+is written in the format in which it was read. Nothing of a folder is executed: the network is a class of ``transformers``
 or one of ours, never the modelling code that lies beside the weights.
 """
 
@@ -29,6 +29,8 @@ Dtype = Literal["fp32", "bf16"]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|role_end|>", "<|endoftext|>")
 """Tokens that end an answer beside the end-of-sequence token, where the vocabulary has them."""
+NO_SETTINGS = ("auto_map", "architectures", "torch_dtype", "dtype", "transformers_version")
+"""Keys of config.json that say nothing of the network's shape."""
 _COMPANIONS = {".json", ".txt", ".jinja", ".py", ".model"}
 _TOKENIZER_FILES = {
     "Qwen2Tokenizer": ("vocab.json", "merges.txt"),
@@ -68,7 +70,7 @@ class PublishedFolder:
     def _files(self) -> list[str]:
         if not self.sharded:
             if not (self.folder / WEIGHTS).is_file():
-                raise UserError(f"{self.folder}: holds neither {WEIGHTS} nor {INDEX} (weights in other formats are not read)")
+                raise UserError(f"{self.folder}: holds neither {WEIGHTS} nor {INDEX} (other formats are not read)")
             return [WEIGHTS]
         path = self.folder / INDEX
         try:
@@ -92,11 +94,12 @@ class PublishedFolder:
         for name, inner in names.items():
             if inner is None:
                 continue
+            file = self.folder / self.shard[name]
             if inner not in own:
-                raise UserError(f"{self.folder / self.shard[name]}: has {name!r}, which the model of {where} does not")
+                raise UserError(f"{file}: has {name!r}, which the model of {where} does not")
             if tuple(own[inner].shape) != self.shapes[name]:
                 got, wanted = self.shapes[name], tuple(own[inner].shape)
-                raise UserError(f"{self.folder / self.shard[name]}: {name!r} is {got}, the model of {where} has {wanted}")
+                raise UserError(f"{file}: {name!r} is {got}, the model of {where} has {wanted}")
             found.add(own[inner].data_ptr())
         lacking = sorted(name for name, value in own.items() if value.data_ptr() not in found)  # tied weights share
         if lacking:
@@ -215,9 +218,10 @@ class PretrainedDenoiser(MaskedDenoiser):
 
     def checkpoint_gradients(self) -> None:
         """Recompute every layer in the backward pass instead of keeping its activations."""
-        self.network.gradient_checkpointing_enable(  # type: ignore[operator]
-            gradient_checkpointing_kwargs={"use_reentrant": False}
-        )
+        # The newer of the two names that the library has had for it.
+        enable: Any = getattr(self.network, "activation_checkpointing_enable", None)
+        enable = enable or self.network.gradient_checkpointing_enable
+        enable()
 
     def features(self, ids: Tensor, valid: Tensor, t: Tensor | None = None) -> Tensor:
         length = ids.shape[1]
@@ -253,18 +257,19 @@ class PretrainedDenoiser(MaskedDenoiser):
         config, sizes, where = self.published.config, self.sizes(), self.published.folder
         known = text.get_vocab()
         generation = json.loads(self.published.companions.get("generation_config.json", b"{}"))
-        mask = next((i for i in (config.get("mask_token_id"), text.mask_token_id, self.default_mask()) if i is not None), None)
+        mask = _first(config.get("mask_token_id"), text.mask_token_id, self.default_mask())
         if mask is None:
             raise UserError(f"{where}: no mask token (neither mask_token_id in config.json nor the tokenizer names one)")
-        ends: list[int] = []
-        named = text.sep_token_id if text.eos_token_id is None else text.eos_token_id
-        for given in (config.get("eos_token_id"), generation.get("eos_token_id"), named):
-            ends += given if isinstance(given, list) else [given]
-        ends += [known.get(token) for token in END_OF_TURN]  # type: ignore[misc]
-        ends = [end for end in dict.fromkeys(ends) if end is not None and end != mask]
+        named: list[int | None] = []
+        for given in (config.get("eos_token_id"), generation.get("eos_token_id"), text.eos_token_id):
+            named += given if isinstance(given, list) else [given]
+        named += [known.get(token) for token in END_OF_TURN]
+        ends = [end for end in dict.fromkeys(named) if end is not None and end != mask]
+        ends = ends or [end for end in (text.sep_token_id,) if end is not None]
         if not ends:
             raise UserError(f"{where}: no end token (neither eos_token_id in config.json nor the tokenizer names one)")
-        pad = next((i for i in (config.get("pad_token_id"), text.pad_token_id) if i is not None and i != mask), ends[0])
+        pad = _first(config.get("pad_token_id"), text.pad_token_id)
+        pad = ends[0] if pad is None or pad == mask else pad
         for what, index in (("mask token", mask), ("padding token", pad), *(("end token", end) for end in ends)):
             if not (type(index) is int and 0 <= index < sizes["vocab_size"]):
                 raise UserError(f"{where}: the {what} {index!r} is outside the {sizes['vocab_size']} ids of the model")
@@ -275,7 +280,7 @@ class PretrainedDenoiser(MaskedDenoiser):
             pad_id=pad,
             end_ids=tuple(ends),
             forbidden_ids=tuple(sorted({mask, *({pad} - set(ends)), *openers, *nameless})),
-            **sizes,
+            **sizes,  # type: ignore[arg-type]
         )
 
     def default_mask(self) -> int | None:
@@ -357,6 +362,10 @@ def _open(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a readable safetensors file: {error}") from error
+
+
+def _first(*given: int | None) -> int | None:
+    return next((index for index in given if index is not None), None)
 
 
 def _first_line(error: Exception) -> str:

@@ -72,11 +72,8 @@ class TextTokenizer:
         if not self._special.intersection(ids):
             return ids
         unknown = self.backend.token_to_id(UNKNOWN)
-        return [
-            unknown if index in self._special else index
-            for index in ids
-            if index not in self._special or unknown is not None
-        ]
+        replacement = [] if unknown is None else [unknown]
+        return [kept for index in ids for kept in (replacement if index in self._special else [index])]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids without special tokens."""

@@ -77,7 +77,7 @@ class BaseModel:
     path: str
     """Model folder, run folder, name of an embedded model, or ``owner/name`` on the Hugging Face hub."""
     dtype: Dtype = "fp32"
-    """Of a published model's weights: fp32, or bf16 (for adapters; the updates of full training would be rounded away)."""
+    """Of a published model's weights: fp32, or bf16 (with adapters; full training would round its updates away)."""
     chat: bool = False
     """Wrap prompts into a published model's chat template."""
     gradient_checkpointing: bool = False
