@@ -29,6 +29,7 @@ from unveil.samplers.actions import Action
 from unveil.samplers.base import Sampler
 from unveil.samplers.rules import Rule
 from unveil.samplers.schedules import Schedule
+from unveil.samplers.solvers import Solver
 from unveil.samplers.transforms import Transform
 from unveil.tasks.base import Task
 from unveil.training.policy_job import ProblemFilter
@@ -179,8 +180,8 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize(
     "family",
     [
-        Task, Sampler, Rule, Action, Transform, Schedule, UnmaskNetwork, ProblemFilter, Shaping, GroupHook, Advantage,
-        Selector, Likelihood, TokenFilter, Objective, Weighting,
+        Task, Sampler, Rule, Action, Solver, Transform, Schedule, UnmaskNetwork, ProblemFilter, Shaping, GroupHook,
+        Advantage, Selector, Likelihood, TokenFilter, Objective, Weighting,
     ],
 )
 def test_the_table_of_plug_ins_is_complete(family: type[Plugin]) -> None:
@@ -188,6 +189,29 @@ def test_the_table_of_plug_ins_is_complete(family: type[Plugin]) -> None:
     (row,) = [line for line in page.splitlines() if f"`{family.__module__}.{family.__name__}`" in line]
     registered = [name for name in names(family) if family.known[name].__module__.startswith("unveil.")]
     assert re.findall(r"`(\w+)`", row.split(" | ")[2]) == registered
+
+
+def table_of_compositions() -> str:
+    """What docs/systems.md says of the recipes that train a policy."""
+    rows = ["| system | groups | advantage | steps | likelihood | ratio | weights | KL |", "|---" * 8 + "|"]
+    for path in sorted((ROOT / "src" / "unveil" / "recipes").glob("*/cpu.yaml")):
+        data = load(path)
+        if "policy" not in data:
+            continue
+        policy = build(TrainRecipe, data).policy
+        order = getattr(policy.likelihood, "order", None)
+        scored = policy.likelihood.name + (f" + {order.name}" if order else "")
+        hooks = [hook.name for hook in (policy.groups, policy.token_filter, policy.shaping) if hook is not None]
+        level = policy.objective.level + (", mean" if policy.objective.normalise else "")
+        kl = f"{policy.kl.estimator}, {policy.kl.beta:g}" if policy.kl.beta else "none"
+        steps = policy.selector.name if policy.likelihood.per_step else "-"
+        cells = [", ".join(hooks) or "-", policy.advantage.name, steps, scored, level, policy.weighting.name, kl]
+        rows.append("| " + " | ".join([path.parent.name, *(f"`{c}`" if c != "-" else c for c in cells)]) + " |")
+    return "\n".join(rows)
+
+
+def test_the_table_of_systems_says_what_the_recipes_compose() -> None:
+    assert table_of_compositions() in (ROOT / "docs" / "systems.md").read_text(encoding="utf-8")
 
 
 def test_every_metric_is_explained(example_run: Path) -> None:

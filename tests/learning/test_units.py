@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from unveil.learning.likelihoods import Views, without
-from unveil.learning.objectives import StepMean, TokenMean, TokenSum, unit_of
+from unveil.learning.objectives import SequenceMean, StepMean, TokenMean, TokenSum, unit_of
 from unveil.samplers.trajectory import Trajectory
 
 
@@ -84,3 +84,16 @@ def test_a_step_without_items_is_no_step_of_the_mean() -> None:
     empty = without(views(), torch.tensor([[1], [0], [1], [1]]).expand(4, 3).bool())
     policy, _ = StepMean().weights(empty, torch.ones(4), chains(), float)
     assert policy.sum(1).tolist() == pytest.approx([1 / 2, 0, 1 / 4, 1 / 4])
+
+
+@pytest.mark.parametrize("by_length", [False, True])
+def test_sequence_mean_by_hand(by_length: bool) -> None:
+    """Two chains on each of two ranks, of length 3 each; of chain 1 two views show position 1."""
+    policy, kl = SequenceMean(by_length=by_length).weights(views(), torch.ones(4), chains(), lambda value: 2 * value)
+    per_chain = 1 / 4 / (3 if by_length else 1)
+    expected = views().scored / torch.tensor([3.0, 3.0, 4.0, 4.0])[:, None] * per_chain
+    torch.testing.assert_close(policy, expected)
+    token = 1 / 4 / 3
+    torch.testing.assert_close(
+        kl, token * torch.tensor([[1, 1, 0], [0, 0, 1], [1, 0.5, 0], [0, 0.5, 1]], dtype=torch.float32)
+    )

@@ -43,18 +43,22 @@ def test_solutions_follow_the_table(values: int, chains: str, split: str, seed: 
 
 
 def test_lengths_are_even_or_those_of_random_tables() -> None:
-    def lengths(chains: str) -> list[float]:
-        problems = PointerChase(chains=chains).problems("train", 2000, 1)  # type: ignore[arg-type]
+    def lengths(chains: str, shortest: int = 1) -> list[float]:
+        task = PointerChase(chains=chains, shortest=shortest)  # type: ignore[arg-type]
+        problems = task.problems("train", 2000, 1)
         counts = Counter(len(problem.answer["chain"]) for problem in problems)
         return [counts[length] / 2000 for length in range(1, 9)]
 
     assert lengths("even") == pytest.approx([1 / 8] * 8, abs=0.03)
+    assert lengths("even", 3) == pytest.approx([0, 0, *[1 / 6] * 6], abs=0.03)
     # Start and every next value are uniform; a chain of n words avoids 0 and itself n - 1 times, then hits 0.
     weights = [1.0]
     for seen in range(1, 8):
         weights.append(weights[-1] * (8 - seen) / 8)
     expected = [weight / sum(weights) for weight in weights]
     assert lengths("random") == pytest.approx(expected, abs=0.03)
+    longer = [0, 0, *(weight / sum(weights[2:]) for weight in weights[2:])]
+    assert lengths("random", 3) == pytest.approx(longer, abs=0.03)
 
 
 @pytest.mark.parametrize(
@@ -100,6 +104,11 @@ def test_the_same_arguments_give_the_same_problems_and_splits_are_apart() -> Non
     assert len(train) == len(test) == 10 and not train & test
     many = PointerChase().problems("train", 3000, 0)
     assert len({problem.id for problem in many}) == len({problem.prompt for problem in many}) == 3000
+
+
+def test_chains_longer_than_the_table_are_refused() -> None:
+    with pytest.raises(UserError, match=r"shortest: 9 is longer than the longest chain \(values=8\)"):
+        PointerChase(shortest=9)
 
 
 def test_more_problems_than_there_are() -> None:

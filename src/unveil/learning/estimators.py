@@ -150,7 +150,7 @@ class MaskedAnswer(Likelihood):
     Tokens behind the end that are dropped stay masked in every view, so that they give away nothing of the length.
     """
 
-    resamples: ClassVar[bool] = True
+    resamples = True
     per_step: ClassVar[bool] = False
     after_end: AfterEnd = "keep"
     """``keep``: the whole response is the answer, as decoding fills it. ``drop``: up to and including the first end
@@ -170,13 +170,15 @@ class MaskedAnswer(Likelihood):
         maskable = counted & ~shown
         always = trajectory.response_valid & ~counted & ~shown
         drawn = [self.masks(int(maskable[row].sum()), seed, inner) for row, seed in enumerate(seeds)]
-        count = len(drawn[0].holes)
-        rows = torch.arange(len(trajectory)).repeat_interleave(count)
+        rows = torch.arange(len(trajectory)).repeat_interleave(len(drawn[0].holes))
         scored = torch.zeros_like(maskable)[rows]
         scored[maskable[rows]] = torch.cat([masks.holes.flatten() for masks in drawn])
+        coefficient = torch.cat([masks.coefficient for masks in drawn]).float()
+        times = torch.cat([masks.times for masks in drawn]).float()
+        said = scored.any(1)  # a view without masks has nothing to say
+        rows, scored, coefficient, times = rows[said], scored[said], coefficient[said], times[said]
         holes = scored | always[rows]
         responses = trajectory.response_ids[rows]
-        coefficient = torch.cat([masks.coefficient for masks in drawn]).float()
         return Views(
             ids=torch.cat([trajectory.prompt_ids[rows], responses.masked_fill(holes, spec.mask_id)], 1),
             valid=trajectory.valid[rows],
@@ -186,9 +188,9 @@ class MaskedAnswer(Likelihood):
             rows=rows,
             steps=trajectory.last_steps[rows],
             holes=holes.sum(1),
-            length=maskable.sum(1)[rows] / count,
+            length=(maskable.sum(1) / rows.bincount(minlength=len(trajectory)).clamp(min=1))[rows],
             coefficient=coefficient[:, None].expand(scored.shape),
-            times=torch.cat([masks.times for masks in drawn]).float(),
+            times=times,
         )
 
 
@@ -248,7 +250,10 @@ class PartialMask(MaskedAnswer, name="partial_mask"):
     """One partly masked view (UniGRPO of MMaDA, 2505.15809): the first inner update masks a random share of the answer,
     the following ones evenly more, the last one everything."""
 
+    low: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Least share that the first inner update masks (IGPO's code: 30 of 128 steps)."""
+
     def masks(self, size: int, seed: int, inner: Inner) -> Masks:
-        first = float(torch.rand((), dtype=torch.float64, generator=generator(seed, "first time")))
-        time = partial_time(first, inner.number, inner.count)
+        drawn = float(torch.rand((), dtype=torch.float64, generator=generator(seed, "first time")))
+        time = partial_time(self.low + (1 - self.low) * drawn, inner.number, inner.count)
         return partial_masks(size, time, generator(seed, inner.number, "masks"))

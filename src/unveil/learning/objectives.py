@@ -162,3 +162,29 @@ class TokenSum(Weighting, name="token_sum"):
     ) -> tuple[Tensor, Tensor]:
         weight = views.items.float() / max(1.0, total(float(len(trajectory))))
         return weight, weight
+
+
+@dataclass(kw_only=True)
+class SequenceMean(Weighting, name="sequence_mean"):
+    """Every chain weighs the same (GDPO, 2510.08554; GSPO): for objectives with one ratio per sequence.
+
+    The KL term of a chain is the sum over its tokens divided by its length, a token that several views show counting
+    once.
+    """
+
+    by_length: bool = False
+    """Also divide the policy term of every chain by its length."""
+
+    def weights(
+        self, views: Views, advantage: Tensor, trajectory: Trajectory, total: Callable[[float], float]
+    ) -> tuple[Tensor, Tensor]:
+        items = views.items.float()
+        chains = max(1.0, total(float(len(trajectory))))
+        per_chain = torch.zeros(len(trajectory)).index_add_(0, views.rows, items.sum(1))
+        length = torch.zeros(len(trajectory)).index_add_(0, views.rows, views.length.float()).clamp(min=1e-6)
+        unit, count = unit_of(views, "token")
+        kl = torch.zeros_like(items)
+        kl[views.items] = 1 / unit.bincount(minlength=count)[unit].float()
+        kl = kl / length[views.rows, None] / chains
+        policy = items / per_chain.clamp(min=1)[views.rows, None] / chains
+        return policy / length[views.rows, None] if self.by_length else policy, kl

@@ -40,6 +40,15 @@ class AllSteps(Selector, name="all"):
 
 
 @dataclass(kw_only=True)
+class NonZero(Selector, name="nonzero"):
+    """Every step whose advantage is not 0: chains of groups with equal rewards cost no gradient pass, and an update
+    without any other is no gradient step."""
+
+    def choose(self, advantages: Tensor, trajectory: Trajectory, seeds: Sequence[int], spec: DenoiserSpec) -> Tensor:
+        return (trajectory.active & (advantages.abs() > 1e-6)).float()
+
+
+@dataclass(kw_only=True)
 class TopAdvantage(Selector, name="top_advantage"):
     """The k steps of a chain with the largest |advantage|; ties go to the earlier step (MDPO, 2508.13148)."""
 

@@ -82,9 +82,12 @@ class MaskedSampler(Sampler, name="masked"):
         if self.rule.follows_schedule:
             self.schedule.check_fits(response_length, self.block_length, self.steps)
 
+    @property
+    def planned_steps(self) -> int | None:
+        return self.steps if self.rule.follows_schedule else None
+
     def refused_fields(self) -> dict[str, str]:
-        """Trajectory fields that this sampler cannot record, and why."""
-        refused = {}
+        refused = {"times": "needs a sampler on a grid of times ('reverse')"}
         if self.rule.takes_back:
             refused["step_map"] = "is not exact for a rule that takes tokens back; ask for 'states'"
         if self.solver.revises:
@@ -167,8 +170,7 @@ class _Chains:
         self.timetable: Timetable | None = None
         self.planned = lengths
         holes = (canvas.response == self.mask_id) & canvas.response_valid & ~canvas.frozen
-        keeps_time = denoiser.spec.time_conditioned or "times" in needs
-        self.clock = Clock.of(holes, layout, seeds, device) if keeps_time else None
+        self.clock = Clock.of(holes, layout, seeds, device) if denoiser.spec.time_conditioned else None
         if sampler.rule.follows_schedule:
             self.timetable = Timetable.of(holes, layout, sampler.schedule, device)
             self.planned = torch.tensor(self.timetable.ends)
@@ -222,8 +224,6 @@ class _Chains:
     def _step(self, step: int, holes: Tensor) -> None:
         sampler, response = self.sampler, self.response
         slot = self._slot(step, holes)
-        inside = self.valid[:, self.start : self.start + holes.shape[1]]
-        in_block = inside & (self.block_of == slot.block[:, None])
         open_holes = holes if self.blocks == 1 else holes & (self.block_of <= slot.block[:, None])
         # A reader of guesses wants the whole x_0, holes of later blocks included; a network reads what is believed of
         # them all; another rule only ever sees the open ones.
@@ -233,8 +233,7 @@ class _Chains:
             read = read | self.again
         width = holes.shape[1]
         times = None if self.clock is None else self.clock.at(slot.block, open_holes.sum(1))
-        told = times if self.denoiser.spec.time_conditioned else None
-        features = self.denoiser.features(self.ids, self.valid, told)[:, self.start : self.start + width]
+        features = self.denoiser.features(self.ids, self.valid, times)[:, self.start : self.start + width]
         self.forwards += len(self.rows)
         logits = self.denoiser.head(features[read])
         noise = None if self.order_noise is None else self.order_noise[self.rows, step, :, :width]
@@ -264,10 +263,10 @@ class _Chains:
         view.score = seen
         if self.network is not None:
             shown = score.masked_fill(~holes, 0)
-            view.preference = self._preference(holes, in_block, inside, shown, view, features)
+            view.preference = self._preference(holes, slot, shown, view, features)
         updated = updated.masked_fill(sampler.rule.holes_after(view, self.state), self.mask_id)
         if self.needs:
-            self._record(step, response, holes, read, guess, score, logits, tokens, updated, in_block, view, times)
+            self._record(step, response, holes, read, guess, score, logits, tokens, updated, slot, view)
         if sampler.solver.revises:
             self.again = holes & (updated != self.mask_id)
         response.copy_(updated)
@@ -279,7 +278,7 @@ class _Chains:
             ahead = certainty_rank(noise[:, 0].float().masked_fill(~open_holes, -torch.inf)).double()
         else:  # the order is not known yet: the middle of the step
             ahead = ((left - slot.remain - 1) / 2)[:, None].expand(open_holes.shape).double()
-        if self.clock is None or not self.denoiser.spec.time_conditioned:
+        if self.clock is None:
             now, at = left.double(), left[:, None] - ahead
         else:
             now, at = self.clock.at(slot.block, left), self.clock.at(slot.block, left, ahead.long())
@@ -288,21 +287,30 @@ class _Chains:
         )
 
     def _preference(
-        self, holes: Tensor, in_block: Tensor, inside: Tensor, confidence: Tensor, view: StepView, features: Tensor
+        self, holes: Tensor, slot: Slot, confidence: Tensor, view: StepView, features: Tensor
     ) -> Tensor:
         """(b, R) logits of the rule's network."""
         assert self.network is not None and view.done is not None and view.planned is not None
         network, module = self.network
         inputs = UnmaskInputs(
             masked=holes,
-            block=in_block,
+            block=self._in_block(slot),
             confidence=confidence,
-            valid=inside,
+            valid=self._inside,
             step=view.done,
             planned=view.planned,
             features=features if network.reads_features else None,
         )
         return module(inputs)
+
+    @property
+    def _inside(self) -> Tensor:
+        """(b, R) True inside each live row's response."""
+        return self.valid[:, self.start : self.start + self.editable.shape[1]]
+
+    def _in_block(self, slot: Slot) -> Tensor:
+        """(b, R) the positions of the current block."""
+        return self._inside & (self.block_of == slot.block[:, None])
 
     def _slot(self, step: int, holes: Tensor) -> Slot:
         """What the schedule says of this step; rules that set their own pace only have the current block."""
@@ -388,9 +396,8 @@ class _Chains:
         logits: Tensor,
         tokens: Tensor,
         updated: Tensor,
-        in_block: Tensor,
+        slot: Slot,
         view: StepView,
-        times: Tensor | None,
     ) -> None:
         filled = holes & (updated != self.mask_id)
         values: dict[str, Callable[[], Tensor | None]] = {
@@ -402,10 +409,9 @@ class _Chains:
             ),
             "entropy": lambda: torch.zeros_like(score).masked_scatter_(read, -confidence(logits, tokens, "entropy")),
             "revealed": lambda: filled,
-            "block": in_block.clone,
+            "block": lambda: self._in_block(slot),
             "order": lambda: filled.long() if view.order is None else view.order,
             "order_log_prob": lambda: view.order_log_prob,
-            "times": lambda: times,
             "taken_back": lambda: ~holes & self.editable & (updated == self.mask_id),
         }
         for name in self.needs:
@@ -427,7 +433,7 @@ class _Chains:
 
     def _empty_record(self, name: str) -> Tensor:
         batch, width = self.final.shape
-        if name in ("order_log_prob", "times"):
+        if name == "order_log_prob":
             return torch.zeros(batch, 0)
         whole = dict.fromkeys(("states", "guesses", "order"), torch.long)
         kind = whole | dict.fromkeys(("confidence", "log_prob", "entropy"), torch.float32)

@@ -73,7 +73,8 @@ class Timetable:
                 for step, rest in after(sum(row[start : start + size]), steps)
             ])  # fmt: skip
         ends = [len(row) for row in rows]
-        padded = [row + [(0, 0, True, 0, 1)] * (max(ends) - len(row)) for row in rows]
+        longest = max(ends)
+        padded = [row + [(0, 0, True, 0, 1)] * (longest - len(row)) for row in rows]
         table = torch.tensor(padded, dtype=torch.long).reshape(len(rows), -1, 5)
         return cls(table.permute(2, 0, 1).to(device), ends)
 

@@ -55,8 +55,8 @@ class Trajectory:
         order: (B, S, R) what the step chose: 0 where a position stayed, else its rank from 1; other than learned rules
             rank nothing, so that all they reveal has rank 1.
         order_log_prob: (B, S) log-probability of that choice under a learned rule.
-        times: the clock, 1 all masks. From a sampler on a time grid (B, S, 2) float64, the times before and after step
-            s; from a masked sampler (B, S), the time at which the step's first token comes. 0 where the chain was done.
+        times: (B, S, 2) float64, the times of the states before and after step s, 1 all masks; 0 where the chain was
+            done. Only samplers on a grid of times have it.
         expert_share: (B,) share of the group's chains that a second sampler drew in the policy's stead; 0 for the
             policy's own. None: all are.
     """

@@ -43,6 +43,7 @@ SYSTEM = System(
     title="Simple Policy Gradients for Reasoning with Diffusion Language Models",
     paper="2510.04019",
     family="masked",
+    checked_in="cj_grpo",
     claim="a stratified sample of decoding steps gives the policy gradient without a surrogate likelihood",
 )
 

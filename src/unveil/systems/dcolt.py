@@ -33,7 +33,7 @@ as an input of the UPM, and ratios of tokens and order that are clipped apart.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
@@ -41,13 +41,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from unveil.denoisers.base import DenoiserSpec
 from unveil.denoisers.transformer import Block, TransformerConfig
 from unveil.denoisers.unmask import UnmaskInputs, UnmaskNetwork
 from unveil.learning.advantages import GroupAdvantage
 from unveil.learning.likelihoods import TrajectoryLikelihood, Views
 from unveil.learning.objectives import Clipped, Kl, Weighting
-from unveil.learning.selectors import Selector
+from unveil.learning.selectors import NonZero
 from unveil.samplers.actions import PlackettLuce
 from unveil.samplers.trajectory import Trajectory
 from unveil.systems import System
@@ -135,7 +134,7 @@ class _Condition(nn.Module):
         half = TIME_DIM // 2
         frequency = torch.exp(-math.log(10_000) * torch.arange(half, device=inputs.step.device) / half)
         angle = (inputs.step / inputs.planned.clamp(min=1)).float()[:, None] * frequency
-        time = self.time(torch.cat([angle.cos(), angle.sin()], -1))
+        time = self.time(torch.cat([angle.cos(), angle.sin()], -1).to(self.masked.weight.dtype))
         return time[:, None] + self.masked(inputs.masked.long()) + self.block(inputs.block.long())
 
 
@@ -152,14 +151,6 @@ class _AdaLN(nn.Module):
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         scale, shift = self.modulation(condition).chunk(2, -1)
         return self.norm(x) * (1 + scale) + shift
-
-
-@dataclass(kw_only=True)
-class NonZero(Selector, name="nonzero"):
-    """Every step whose advantage is not 0: chains of groups with equal rewards cost no gradient pass and no step."""
-
-    def choose(self, advantages: Tensor, trajectory: Trajectory, seeds: Sequence[int], spec: DenoiserSpec) -> Tensor:
-        return (trajectory.active & (advantages != 0)).float()
 
 
 @dataclass(kw_only=True)

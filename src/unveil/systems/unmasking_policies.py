@@ -23,7 +23,6 @@ forced opening of ``bernoulli_argmax`` cannot be trained on (there it is scored 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -32,12 +31,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from unveil.denoisers.base import DenoiserSpec, MaskedDenoiser
+from unveil.denoisers.base import MaskedDenoiser
 from unveil.denoisers.unmask import UnmaskInputs, UnmaskNetwork
 from unveil.learning.advantages import GroupAdvantage
 from unveil.learning.likelihoods import TrajectoryLikelihood
 from unveil.learning.objectives import Clipped, StepMean
-from unveil.learning.selectors import Selector
+from unveil.learning.selectors import NonZero
 from unveil.registry import UserError
 from unveil.samplers.actions import Bernoulli
 from unveil.samplers.base import Sampler
@@ -203,21 +202,13 @@ class Experts(GroupHook, name="experts"):
 
 
 @dataclass(kw_only=True)
-class Unequal(Selector, name="unequal"):
-    """All steps of chains that differ from their group; an update without any is no gradient step."""
-
-    def choose(self, advantages: Tensor, trajectory: Trajectory, seeds: Sequence[int], spec: DenoiserSpec) -> Tensor:
-        return (trajectory.active & (advantages.abs() > 1e-6)).float()
-
-
-@dataclass(kw_only=True)
 class UnmaskingPolicies:
     """The paper's choices, as keyword arguments of a `PolicyConfig`. The rollout sampler has temperature 0 and the rule
     ``Policy(action=Bernoulli())``; the model carries a `ConfidencePolicy`, and nothing else learns."""
 
     shaping: Speed = field(default_factory=Speed)
     advantage: GroupAdvantage = field(default_factory=lambda: GroupAdvantage(scale="none"))
-    selector: Unequal = field(default_factory=Unequal)
+    selector: NonZero = field(default_factory=NonZero)
     likelihood: TrajectoryLikelihood = field(
         default_factory=lambda: TrajectoryLikelihood(tokens="none", order=Bernoulli())
     )

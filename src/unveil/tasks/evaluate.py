@@ -82,6 +82,7 @@ class Evaluation:
         ever_correct: share of problems with a right guess at any step.
         over_denoising: share with a right guess at some step and a wrong end.
         guess_accuracy: accuracy of the guess at every step.
+        sample_entropy: mean over problems of the response's unigram entropy in nats, see `unigram_entropy`.
         forwards: sequence-forwards spent.
         steps_per_chain: mean number of denoising steps of a chain, its NFE.
         unfinished: share of chains that ended with holes (rules that may waste steps).
@@ -95,6 +96,7 @@ class Evaluation:
     ever_correct: float
     over_denoising: float
     guess_accuracy: list[float]
+    sample_entropy: float
     forwards: int
     steps_per_chain: float
     unfinished: float
@@ -105,8 +107,8 @@ class Evaluation:
     def summary(self) -> dict[str, float]:
         """The scalar results, for tables and logs."""
         names = (
-            "accuracy", "low", "high", "score", "ever_correct", "over_denoising", "forwards", "steps_per_chain",
-            "unfinished",
+            "accuracy", "low", "high", "score", "ever_correct", "over_denoising", "sample_entropy", "forwards",
+            "steps_per_chain", "unfinished",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names} | {"problems": len(self.texts)}
 
@@ -140,6 +142,7 @@ def evaluate(
         ever_correct=(judged.guess_correct.any(1) | torch.tensor(correct)).float().mean().item(),
         over_denoising=over_denoised(judged).float().mean().item(),
         guess_accuracy=(judged.guess_correct.sum(0) / steps).tolist(),
+        sample_entropy=unigram_entropy(trajectory.response_ids, text_tokens(denoiser, trajectory)).mean().item(),
         forwards=trajectory.forwards,
         steps_per_chain=trajectory.active.sum(1).float().mean().item(),
         unfinished=trajectory.unfinished.float().mean().item(),
@@ -147,6 +150,53 @@ def evaluate(
         correct=correct,
         scores=[verdict.score for verdict in judged.verdicts],
     )
+
+
+def text_tokens(denoiser: MaskedDenoiser, trajectory: Trajectory) -> Tensor:
+    """(B, R) True at the tokens of each response before its first end token; holes are no tokens."""
+    ends = torch.isin(trajectory.response_ids, torch.tensor(denoiser.spec.end_ids))
+    tokens = trajectory.response_valid & (trajectory.response_ids != trajectory.mask_id)
+    return tokens & (ends.cumsum(1) == 0)
+
+
+def unigram_entropy(ids: Tensor, counted: Tensor) -> Tensor:
+    """-sum p log p in nats of the token frequencies within each sequence, (B,) float64; 0 where nothing is counted.
+
+    Args:
+        ids: (B, R) tokens.
+        counted: (B, R) which of them count.
+    """
+    rows = []
+    for row, own in zip(ids, counted, strict=True):
+        frequency = row[own].unique(return_counts=True)[1].double()
+        rows.append(torch.special.entr(frequency / frequency.sum()).sum())
+    return torch.stack(rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerativeQuality:
+    """How a judge likes samples, and how varied they are: a low perplexity of repetitive text is no merit.
+
+    Attributes:
+        perplexity: exp of the judge's mean negative log-probability per token.
+        sample_entropy: mean unigram entropy of the samples in nats.
+    """
+
+    perplexity: float
+    sample_entropy: float
+
+
+def generative_perplexity(judge: Callable[[Tensor], Tensor], ids: Tensor, counted: Tensor) -> GenerativeQuality:
+    """The perplexity of samples under a judge, never without their entropy (arXiv 2409.02908).
+
+    Args:
+        judge: log-probabilities (B,) in nats of the counted tokens of sequences ``ids``.
+        ids: (B, R) samples.
+        counted: (B, R) which of their tokens count.
+    """
+    mean = judge(ids).double().sum() / counted.sum()
+    entropy = unigram_entropy(ids, counted).mean()
+    return GenerativeQuality(perplexity=math.exp(-float(mean)), sample_entropy=float(entropy))
 
 
 def sample_problems(

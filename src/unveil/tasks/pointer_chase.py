@@ -25,11 +25,18 @@ class PointerChase(Task, name="pointer_chase"):
     """Table entries; they point at 0..values - 1. The longest chain has as many words."""
 
     chains: Literal["even", "random"] = "even"
-    """Chain lengths: all of 1..values equally often, or those of random tables, most of them short."""
+    """Chain lengths: all of shortest..values equally often, or those of random tables, most of them short."""
+
+    shortest: Annotated[int, Field(ge=1)] = 1
+    """Fewest words of a chain."""
+
+    def __post_init__(self) -> None:
+        if self.shortest > self.values:
+            raise UserError(f"shortest: {self.shortest} is longer than the longest chain (values={self.values})")
 
     def problems(self, split: Split, count: int, seed: int) -> list[Problem]:
         space = self.values ** (self.values + 1)
-        if 100 * count > space:  # a hundredth is surely there, and found by drawing
+        if 100 * count > space:  # a hundredth is surely there, and soon found by drawing
             raise UserError(
                 f"pointer_chase gives at most {space // 100} problems with values={self.values}; {count} were asked for"
             )
@@ -39,7 +46,7 @@ class PointerChase(Task, name="pointer_chase"):
             table, start = self._draw(rng)
             prompt = " ".join(map(str, [*table, start]))
             chain = follow(table, start)
-            if chain is None or prompt in chosen or _split(prompt) != split:
+            if chain is None or len(chain) < self.shortest or prompt in chosen or _split(prompt) != split:
                 continue
             words = [str(value) for value in chain]
             chosen[prompt] = Problem(
@@ -70,7 +77,7 @@ class PointerChase(Task, name="pointer_chase"):
         table = [rng.randrange(self.values) for _ in range(self.values)]
         if self.chains == "random":
             return table, rng.randrange(self.values)
-        length = rng.randint(1, self.values)
+        length = rng.randint(self.shortest, self.values)
         chain = [*rng.sample(range(1, self.values), length - 1), 0]
         for place, value in pairwise(chain):
             table[place] = value
