@@ -37,8 +37,7 @@ class BertDenoiser(PretrainedDenoiser):
         network.tie_weights()
         return network
 
-    @classmethod
-    def rename(cls, name: str) -> str | None:
+    def rename(self, name: str) -> str | None:
         if _UNREAD.fullmatch(name):
             return None
         # Names of the first releases.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from unveil.denoisers.pretrained import NO_SETTINGS, PretrainedDenoiser
 from unveil.registry import UserError, did_you_mean
 
-ARCHITECTURES = {"qwen3": "Qwen3", "qwen2": "Qwen2", "llama": "Llama"}
+ARCHITECTURES = {"qwen3": "Qwen3", "qwen2": "Qwen2", "llama": "Llama", "glm4_moe": "Glm4Moe"}
 
 
 class DecoderDenoiser(PretrainedDenoiser):
@@ -30,12 +30,15 @@ class DecoderDenoiser(PretrainedDenoiser):
         return bidirectional(settings.pop("model_type").removeprefix(cls.prefix), settings)
 
     def hidden(self, ids: Tensor, attendable: Tensor | None, position: Tensor, t: Tensor | None) -> Tensor:
-        mask = None
-        if attendable is not None:
-            batch, length = attendable.shape
-            mask = attendable[:, None, None, :].expand(batch, 1, length, length)
-        network = self.network.model
+        mask, network = self.mask(attendable, position), self.network.model
         return network(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=False).last_hidden_state
+
+    def mask(self, attendable: Tensor | None, position: Tensor) -> Tensor | None:
+        """Which keys each query sees, (B, 1, L, L); None: all of them."""
+        if attendable is None:
+            return None
+        batch, length = attendable.shape
+        return attendable[:, None, None, :].expand(batch, 1, length, length)
 
     def logits(self, features: Tensor) -> Tensor:
         return self.network.lm_head(features)

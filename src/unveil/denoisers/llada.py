@@ -72,8 +72,7 @@ class LladaDenoiser(DecoderDenoiser):
             },
         )
 
-    @classmethod
-    def rename(cls, name: str) -> str | None:
+    def rename(self, name: str) -> str | None:
         if found := _LAYER.fullmatch(name):
             layer, part, kind = found.groups()
             return f"model.layers.{layer}.{_IN_LAYER.get(part, part)}.{kind}"

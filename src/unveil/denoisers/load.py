@@ -19,6 +19,7 @@ EMBEDDED = Path(__file__).parent.parent / "models"
 """The small base models that ship inside the package, one folder each."""
 PUBLISHED = {
     "llada": "llada:LladaDenoiser",
+    "llada2_moe": "llada2:Llada2Denoiser",
     "Dream": "dream:DreamDenoiser",
     "a2d-qwen3": "decoders:DecoderDenoiser",
     "a2d-qwen2": "decoders:DecoderDenoiser",

@@ -46,8 +46,7 @@ class MdlmDenoiser(PretrainedDenoiser):
             raise UserError(f"n_heads: {heads} must divide hidden_dim={dim} into even head sizes")
         return MdlmNetwork(config)
 
-    @classmethod
-    def rename(cls, name: str) -> str | None:
+    def rename(self, name: str) -> str | None:
         name = re.sub(r"^backbone\.", "", name)
         return re.sub(r"mlp\.(\d)\.", lambda found: f"mlp.{'up' if found[1] == '0' else 'down'}.", name)
 

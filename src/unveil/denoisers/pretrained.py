@@ -1,18 +1,18 @@
 """What all adapters to published networks share: the folder, the tokenizer, the ids, the saving.
 
 A published network keeps the names, shards and companion files of the folder that it came from, so that a tuned model
-is written in the format in which it was read. Nothing of a folder is executed: the network is a class of ``transformers``
-or one of ours, never the modelling code that lies beside the weights.
+is written in the format in which it was read. Nothing of a folder is executed: the network is a class of the library
+``transformers`` or one of ours, never the modelling code that lies beside the weights.
 """
 
 from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,6 +29,8 @@ Dtype = Literal["fp32", "bf16"]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|role_end|>", "<|endoftext|>")
 """Tokens that end an answer beside the end-of-sequence token, where the vocabulary has them."""
+MASKS = ("<|mask|>", "<|mdm_mask|>")
+"""The mask's written forms, for folders in which nothing says which token it is."""
 NO_SETTINGS = ("auto_map", "architectures", "torch_dtype", "dtype", "transformers_version")
 """Keys of config.json that say nothing of the network's shape."""
 _COMPANIONS = {".json", ".txt", ".jinja", ".py", ".model"}
@@ -37,6 +39,20 @@ _TOKENIZER_FILES = {
     "GPT2Tokenizer": ("vocab.json", "merges.txt"),
     "BertTokenizer": ("vocab.txt",),
 }
+
+
+class Part(NamedTuple):
+    """A tensor of the network, or a slice of one."""
+
+    name: str
+    where: tuple[int | slice, ...] = ()
+
+    def of(self, state: Mapping[str, Tensor]) -> Tensor:
+        return state[self.name][self.where]
+
+
+Names = Mapping[str, Sequence[Part]]
+"""What each tensor of the files holds: parts of the network, one below the other; none if it is not read."""
 
 
 class PublishedFolder:
@@ -82,53 +98,65 @@ class PublishedFolder:
                 raise UserError(f"{self.folder / file}: no such file ({INDEX} names it)")
         return files
 
-    def pair(self, network: nn.Module, names: Mapping[str, str | None]) -> None:
-        """Check that the files hold exactly the network's weights; ``names`` maps names in the files to its own.
+    def pair(self, network: nn.Module, names: Names) -> None:
+        """Check that the files hold exactly the network's weights.
 
         Raises:
             UserError: the first weight that is missing, unknown or of another shape.
         """
         own = network.state_dict()
         where = self.folder / "config.json"
-        found = set()
-        for name, inner in names.items():
-            if inner is None:
+        found: dict[int, int] = {}  # numbers that the files give, by place in memory: tied weights share one
+        for name, parts in names.items():
+            if not parts:
                 continue
             file = self.folder / self.shard[name]
-            if inner not in own:
-                raise UserError(f"{file}: has {name!r}, which the model of {where} does not")
-            if tuple(own[inner].shape) != self.shapes[name]:
-                got, wanted = self.shapes[name], tuple(own[inner].shape)
+            try:
+                views = [part.of(own) for part in parts]
+            except (KeyError, IndexError):
+                raise UserError(f"{file}: has {name!r}, which the model of {where} does not") from None
+            wanted = tuple(views[0].shape)
+            if len(views) > 1:
+                wanted = (sum(len(view) for view in views), *wanted[1:])
+            if (got := self.shapes[name]) != wanted:
                 raise UserError(f"{file}: {name!r} is {got}, the model of {where} has {wanted}")
-            found.add(own[inner].data_ptr())
-        lacking = sorted(name for name, value in own.items() if value.data_ptr() not in found)  # tied weights share
+            for part, view in zip(parts, views, strict=True):
+                place = own[part.name].data_ptr()
+                found[place] = found.get(place, 0) + view.numel()
+        lacking = sorted(name for name, value in own.items() if found.get(value.data_ptr(), 0) < value.numel())
         if lacking:
             raise UserError(f"{self.folder}: the weights lack what the model of {where} calls {lacking[0]!r}")
 
     @torch.no_grad()
-    def load(self, network: nn.Module, names: Mapping[str, str | None]) -> None:
+    def load(self, network: nn.Module, names: Names) -> None:
         """Copy the weights into the network, shard by shard; it decides the dtype."""
         own = network.state_dict()
         for file in sorted(set(self.shard.values())):
             with _open(self.folder / file) as weights:
-                for name, inner in names.items():
-                    if inner is not None and self.shard[name] == file:
-                        own[inner].copy_(weights.get_tensor(name))
+                for name, parts in names.items():
+                    if not parts or self.shard[name] != file:
+                        continue
+                    views, value = [part.of(own) for part in parts], weights.get_tensor(name)
+                    pieces = value.split([len(view) for view in views]) if len(views) > 1 else [value]
+                    for view, piece in zip(views, pieces, strict=True):
+                        view.copy_(piece)
 
-    def save(self, folder: Path, network: nn.Module, names: Mapping[str, str | None]) -> None:
+    def save(self, folder: Path, network: nn.Module, names: Names) -> None:
         """Write the network in the format of this folder: the same names, shards and companion files."""
         folder.mkdir(parents=True, exist_ok=True)
-        state, kept = network.state_dict(), {name: inner for name, inner in names.items() if inner is not None}
+        state, kept, size = network.state_dict(), [name for name, parts in names.items() if parts], 0
         for file in sorted(set(self.shard.values())):
             written, seen = {}, set()
-            for name, inner in kept.items():
+            for name in kept:
                 if self.shard[name] == file:
-                    value = state[inner].detach().cpu().contiguous()
-                    written[name] = value.clone() if value.data_ptr() in seen else value  # no shared memory in a file
-                    seen.add(value.data_ptr())
+                    views = [part.of(state).detach().cpu() for part in names[name]]
+                    value = torch.cat(views) if len(views) > 1 else views[0].contiguous()
+                    owner = value.untyped_storage().data_ptr()
+                    written[name] = value.clone() if owner in seen else value  # no shared memory in a file
+                    seen.add(owner)
+                    size += value.nbytes
             save_file(written, folder / file, metadata={"format": "pt"})
         if self.sharded:
-            size = sum(state[inner].numel() * state[inner].element_size() for inner in kept.values())
             index = {"metadata": {"total_size": size}, "weight_map": {name: self.shard[name] for name in kept}}
             (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         dtype = str(next(network.parameters()).dtype).removeprefix("torch.")
@@ -149,7 +177,7 @@ class PretrainedDenoiser(MaskedDenoiser):
         """``text`` is the tokenizer as ``transformers`` opens it; ``chat`` wraps prompts into its chat template."""
         super().__init__()
         self.network, self.published = network, published
-        self.names = {name: self.rename(name) for name in published.shapes}
+        self.names = {name: self.parts(name) for name in published.shapes}
         self.frame = _Frame(text, chat, published.folder)
         self.spec = self._make_spec(text)
         self.tokenizer = TextTokenizer(text.backend_tokenizer, controls={*self.spec.end_ids, *self.spec.forbidden_ids})
@@ -194,10 +222,14 @@ class PretrainedDenoiser(MaskedDenoiser):
         Dropout stays off in training too: the ratio of a policy to itself must be 1.
         """
 
-    @classmethod
-    def rename(cls, name: str) -> str | None:
+    def rename(self, name: str) -> str | None:
         """The network's own name of a tensor in the files; None for one that nothing here reads."""
         return name
+
+    def parts(self, name: str) -> list[Part]:
+        """What a tensor in the files holds."""
+        inner = self.rename(name)
+        return [] if inner is None else [Part(inner)]
 
     @classmethod
     def tokenizer_folder(cls, folder: Path) -> Path:
@@ -257,9 +289,10 @@ class PretrainedDenoiser(MaskedDenoiser):
         config, sizes, where = self.published.config, self.sizes(), self.published.folder
         known = text.get_vocab()
         generation = json.loads(self.published.companions.get("generation_config.json", b"{}"))
-        mask = _first(config.get("mask_token_id"), text.mask_token_id, self.default_mask())
+        own = [known.get(token) for token in MASKS]
+        mask = _first(config.get("mask_token_id"), text.mask_token_id, self.default_mask(), *own)
         if mask is None:
-            raise UserError(f"{where}: no mask token (neither mask_token_id in config.json nor the tokenizer names one)")
+            raise UserError(f"{where}: no mask token (neither config.json nor the tokenizer names one)")
         named: list[int | None] = []
         for given in (config.get("eos_token_id"), generation.get("eos_token_id"), text.eos_token_id):
             named += given if isinstance(given, list) else [given]
@@ -267,7 +300,7 @@ class PretrainedDenoiser(MaskedDenoiser):
         ends = [end for end in dict.fromkeys(named) if end is not None and end != mask]
         ends = ends or [end for end in (text.sep_token_id,) if end is not None]
         if not ends:
-            raise UserError(f"{where}: no end token (neither eos_token_id in config.json nor the tokenizer names one)")
+            raise UserError(f"{where}: no end token (neither config.json nor the tokenizer names one)")
         pad = _first(config.get("pad_token_id"), text.pad_token_id)
         pad = ends[0] if pad is None or pad == mask else pad
         for what, index in (("mask token", mask), ("padding token", pad), *(("end token", end) for end in ends)):
