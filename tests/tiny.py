@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from unveil.denoisers.base import MaskedDenoiser
+from unveil.denoisers.score import ScoreConfig, ScoreDenoiser
 from unveil.denoisers.tokenizer import TextTokenizer
 from unveil.denoisers.transformer import TransformerConfig, TransformerDenoiser
 from unveil.denoisers.unmask import UnmaskInputs, UnmaskNetwork
@@ -58,6 +59,18 @@ def denoiser(seed: int = 0, scale: float = 8.0) -> TransformerDenoiser:
     shape = TransformerConfig(dim=16, layers=1, heads=2, hidden=16, context_length=16)
     net = TransformerDenoiser(shape, TextTokenizer.of_words(WORDS))
     net.initialise(generator(seed, "tiny"))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(scale)
+    return net.eval()
+
+
+def score_denoiser(seed: int = 0, scale: float = 8.0) -> ScoreDenoiser:
+    """The like of `denoiser` that is told the time and answers with log-scores."""
+    shape = ScoreConfig(dim=16, layers=1, heads=2, hidden=16, context_length=16)
+    net = ScoreDenoiser(shape, TextTokenizer.of_words(WORDS))
+    net.initialise(generator(seed, "tiny score"))
     with torch.no_grad():
         for parameter in net.parameters():
             if parameter.dim() > 1:
@@ -141,9 +154,9 @@ def with_policy(net: Net, *, features: bool = False) -> Net:
 
 def float64(net: torch.nn.Module, **overwrite: Tensor) -> TransformerDenoiser:
     """A float64 copy whose parameters require gradients."""
-    copy = TransformerDenoiser(net.config, net.tokenizer)  # type: ignore[arg-type]
+    copy = type(net)(net.config, net.tokenizer)  # type: ignore[arg-type, call-arg]
     copy.load_state_dict({**net.state_dict(), **overwrite})
-    return copy.double().eval()
+    return copy.double().eval()  # type: ignore[return-value]
 
 
 def gradients(net: torch.nn.Module) -> dict[str, Tensor]:

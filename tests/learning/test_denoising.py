@@ -59,6 +59,33 @@ def test_loss_and_gradient_equal_the_formula(form: str) -> None:
         torch.testing.assert_close(grad, wanted[name], rtol=1e-4, atol=1e-6)
 
 
+def test_score_loss_and_gradient_equal_the_formula() -> None:
+    """sigma' [sum s - r log s_{x_0} + r (log r - 1)] at the holes, written out in float64."""
+    net = tiny.score_denoiser()
+    x_0, valid, maskable = batch(net)
+    corrupted = corrupt(net.spec.process(), x_0, maskable, form="time", generator=generator("noise"))
+    assert corrupted.t is not None and 10 < int(corrupted.holes.sum()) < int(maskable.sum())
+    loss = elbo_loss(net, x_0, valid, corrupted)
+    loss.backward()
+
+    oracle = tiny.float64(net)
+    total = torch.zeros((), dtype=torch.float64)
+    t = corrupted.t.double()
+    log_score = oracle(corrupted.x_t, valid, t)
+    for row, column in corrupted.holes.nonzero().tolist():
+        shown = 1 - (1 - 1e-3) * t[row]
+        rate, r = (1 - 1e-3) / shown, shown / (1 - shown)
+        log_s = log_score[row, column]
+        entropy = log_s.exp().sum() - r * log_s[x_0[row, column]] + r * (r.log() - 1)
+        total = total + rate * entropy / maskable[row].sum()
+    expected = total / len(x_0)
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    wanted = tiny.gradients(oracle)
+    for name, grad in tiny.gradients(net).items():
+        torch.testing.assert_close(grad, wanted[name], rtol=1e-3, atol=1e-5)
+
+
 def test_time_form_masks_a_share_t_and_weighs_by_its_inverse() -> None:
     net = tiny.denoiser()
     x_0 = torch.full((64, 500), 5)

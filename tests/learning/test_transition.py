@@ -11,8 +11,6 @@ from torch import Tensor
 
 import tiny
 from unveil.denoisers.base import MaskedDenoiser
-from unveil.denoisers.score import ScoreConfig, ScoreDenoiser
-from unveil.denoisers.tokenizer import TextTokenizer
 from unveil.learning.likelihoods import Views
 from unveil.learning.objectives import Clipped, StepMean
 from unveil.learning.transition import TransitionLikelihood
@@ -29,19 +27,8 @@ NEEDS = {"states", "guesses", "revealed", "times", "log_prob"}
 TAU = 0.8
 
 
-def score_network(seed: int = 0) -> ScoreDenoiser:
-    config = ScoreConfig(dim=16, layers=1, heads=2, hidden=16, context_length=16)
-    net = ScoreDenoiser(config, TextTokenizer.of_words(tiny.WORDS))
-    net.initialise(generator(seed, "tiny score"))
-    with torch.no_grad():
-        for parameter in net.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(8)
-    return net.eval()
-
-
 def network(kind: str) -> MaskedDenoiser:
-    return tiny.denoiser() if kind == "masked" else score_network()
+    return tiny.denoiser() if kind == "masked" else tiny.score_denoiser()
 
 
 def sampled(net: MaskedDenoiser, sampler: ReverseSampler) -> Trajectory:
@@ -81,15 +68,13 @@ def test_every_masked_position_is_scored_by_what_the_sampler_recorded(kind: str)
 @pytest.mark.parametrize("method", ["tweedie", "euler"])
 def test_gradient_is_that_of_the_closed_form(method: str) -> None:
     """log of c s_y where revealed and of 1 - c sum(s) where not, by autograd in float64."""
-    net, likelihood = score_network(), TransitionLikelihood(method=method)  # type: ignore[arg-type]
+    net, likelihood = tiny.score_denoiser(), TransitionLikelihood(method=method)  # type: ignore[arg-type]
     trajectory = sampled(net, ReverseSampler(steps=4, method=method, last_time=0.2))  # type: ignore[arg-type]
     views = all_views(trajectory, net, likelihood)
     weight = torch.randn(views.scored.shape, generator=generator("weights"))
     (weight * likelihood.score(net, views, 1.0).log_prob).sum().backward()
 
-    oracle = ScoreDenoiser(net.config, net.tokenizer)  # type: ignore[arg-type]
-    oracle.load_state_dict(net.state_dict())
-    oracle.double().eval()
+    oracle = tiny.float64(net)
     assert views.times is not None
     t, s = views.times.unbind(1)
     shown, later = 1 - (1 - 1e-3) * t, 1 - (1 - 1e-3) * s
@@ -124,10 +109,10 @@ def test_with_a_masked_process_staying_has_no_gradient() -> None:
 
 def test_chunks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[tuple[Tensor, dict[str, Tensor]]] = []
-    trajectory = sampled(score_network(), ReverseSampler(steps=4, last_time=0.2))
+    trajectory = sampled(tiny.score_denoiser(), ReverseSampler(steps=4, last_time=0.2))
     for elements in (2**22, 40):
         monkeypatch.setattr("unveil.learning.transition.CHUNK_ELEMENTS", elements)
-        net = score_network()
+        net = tiny.score_denoiser()
         log_prob = TransitionLikelihood().score(net, all_views(trajectory, net, TransitionLikelihood()), 1.0).log_prob
         log_prob.square().sum().backward()
         found.append((log_prob.detach(), tiny.gradients(net)))
@@ -165,7 +150,7 @@ def test_a_policy_update_is_on_policy_and_independent_of_the_microbatch(kind: st
 
 
 def test_several_inner_updates_keep_the_ratio_near_one(tmp_path: Path) -> None:
-    job = policy_job(tmp_path, score_network(), inner_updates=2)
+    job = policy_job(tmp_path, tiny.score_denoiser(), inner_updates=2)
     metrics = job.update(0, job.trainer.optimise)
     assert 0 < metrics["ratio_deviation"] < 1 and metrics["skipped"] == 0
 
@@ -174,7 +159,7 @@ def test_pairs_that_cannot_work_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'transition' scores the sampler 'reverse', not 'masked'"):
         policy_job(tmp_path, tiny.denoiser(), rollout={})
     with pytest.raises(UserError, match=r"policy\.likelihood\.method: should be 'tweedie'"):
-        policy_job(tmp_path, score_network(), likelihood=TransitionLikelihood(method="euler"))
+        policy_job(tmp_path, tiny.score_denoiser(), likelihood=TransitionLikelihood(method="euler"))
     masked = {"sampler": MaskedSampler(steps=5, temperature=1.0)}
     with pytest.raises(UserError, match="'masked' cannot time a network of scores"):
-        tiny.job(tmp_path, tiny.policy("diffu_grpo", rollout=masked), score_network())
+        tiny.job(tmp_path, tiny.policy("diffu_grpo", rollout=masked), tiny.score_denoiser())

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tiny import denoiser as tiny_denoiser
+from tiny import score_denoiser
 from unveil.denoisers.base import DenoiserSpec, MaskedDenoiser
-from unveil.denoisers.score import ScoreConfig, ScoreDenoiser
-from unveil.denoisers.tokenizer import TextTokenizer
 from unveil.processes.score_entropy import Geometric, LogLinear, Noise, ScoreEntropyProcess
 from unveil.registry import UserError
 from unveil.samplers.canvas import Canvas
@@ -116,23 +115,12 @@ def test_euler_and_tweedie_agree_under_log_linear_noise_and_meet_under_others() 
     assert coarse > 1e-4 and fine < coarse / 4
 
 
-def score_network() -> ScoreDenoiser:
-    config = ScoreConfig(dim=16, layers=1, heads=2, hidden=16, context_length=16)
-    net = ScoreDenoiser(config, TextTokenizer.of_words(["a", "b", "c", "d"]))
-    net.initialise(torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        for parameter in net.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(8)
-    return net.eval()
-
-
 NEEDS = {"states", "guesses", "confidence", "entropy", "log_prob", "revealed", "taken_back", "step_map", "times"}
 
 
 @pytest.mark.parametrize("kind", ["masked", "score"])
 def test_records_tell_what_happened_and_a_batch_equals_its_rows(kind: str) -> None:
-    net: MaskedDenoiser = tiny_denoiser() if kind == "masked" else score_network()
+    net: MaskedDenoiser = tiny_denoiser() if kind == "masked" else score_denoiser()
     sampler = ReverseSampler(steps=4, last_time=0.2)
     prompts, lengths = [[4, 5], [6], [], [7, 4, 4]], [5, 3, 6, 4]
     rows = Canvas.of(prompts, lengths, net.spec)
@@ -229,7 +217,7 @@ def test_what_it_has_no_notion_of_is_refused() -> None:
         with pytest.raises(UserError, match=f"{name}.*needs a sampler with blocks"):
             ReverseSampler(steps=3).sample(net, Canvas.of([[4]], 2, net.spec), [0], needs={name})
     with pytest.raises(UserError, match="'masked' cannot time a network of scores"):
-        MaskedSampler(steps=2).check_denoiser(score_network())
+        MaskedSampler(steps=2).check_denoiser(score_denoiser())
 
 
 def test_a_full_canvas_takes_no_step() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from unveil.claims.goodness import same_p_value, uniform_p_value
 from unveil.claims.oracles import FIRST, JointTable, MarkovChain, Oracle
 from unveil.denoisers.base import DenoiserSpec
 from unveil.learning.likelihoods import TrajectoryLikelihood
@@ -90,7 +91,7 @@ def test_hitting_times_are_the_falling_order_statistics_of_uniforms() -> None:
     times = hitting_times(torch.rand(draws, n, generator=stream, dtype=torch.float64), torch.full((draws,), n))
     sorted_uniforms = torch.rand(draws, n, generator=stream, dtype=torch.float64).sort(1, descending=True).values
     for place in (0, 7, 49):
-        assert two_sample_p_value(times[:, place], sorted_uniforms[:, place]) > 1e-3
+        assert same_p_value(times[:, place], sorted_uniforms[:, place]) > 1e-3
     ratio = torch.cat([times[:, :1], times[:, 1:] / times[:, :-1]], 1)
     for left in (1, 5, 50):
         # (tau_{n-1} / tau_n)^n is uniform.
@@ -183,7 +184,7 @@ def test_extrapolation_is_the_line_through_two_outputs(of: str) -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 @pytest.mark.parametrize("redraw", ["keep", "fresh"])
-def test_a_corrected_token_has_the_averaged_law_and_changes_as_rarely_as_it_can(redraw: str, temperature: float) -> None:
+def test_a_corrected_token_has_the_averaged_law_and_changes_rarely(redraw: str, temperature: float) -> None:
     stream = generator("corrector")
     old, new = torch.randn(2, 5, generator=stream)
     wanted = ((old / temperature).softmax(-1) + (new / temperature).softmax(-1)) / 2
@@ -291,22 +292,3 @@ def test_perplexity_comes_with_the_entropy_of_the_samples(chain: MarkovChain) ->
     quality = generative_perplexity(chain.log_prob, words, whole)
     assert quality.perplexity == pytest.approx(math.exp(-chain.log_prob(words).sum().item() / 16))
     assert quality.sample_entropy == pytest.approx(quarter / 2)
-
-
-def uniform_p_value(values: Tensor) -> float:
-    """Kolmogorov-Smirnov test against U(0, 1), by its asymptotic distribution."""
-    ranked = values.double().sort().values
-    n = len(ranked)
-    place = torch.arange(n, dtype=torch.float64)
-    return kolmogorov(float(torch.maximum((place + 1) / n - ranked, ranked - place / n).max()) * math.sqrt(n))
-
-
-def two_sample_p_value(left: Tensor, right: Tensor) -> float:
-    both = torch.cat([left, right])
-    gaps = [torch.searchsorted(part.sort().values, both, right=True) / len(part) for part in (left, right)]
-    size = len(left) * len(right) / (len(left) + len(right))
-    return kolmogorov(float((gaps[0] - gaps[1]).abs().max()) * math.sqrt(size))
-
-
-def kolmogorov(distance: float) -> float:
-    return min(1.0, 2 * sum((-1) ** (k - 1) * math.exp(-2 * (k * distance) ** 2) for k in range(1, 101)))

@@ -5,11 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unveil.registry import UserError, lookup
-from unveil.tasks.base import Task
-from unveil.tasks.digit_sum import PHRASES, DigitSum
-from unveil.tasks.running_sum import RunningSum
+from unveil.tasks.base import Problem, Task
+from unveil.tasks.digit_sum import CLOSINGS, OPENINGS, DigitSum
 
-GOLDEN = [("1 0 2 0 2 2 0 2 sum", "1 1 0 0 2 1 1 0 answer is 0"), ("0 1 2 0 2 2 0 0 sum", "0 1 0 0 2 1 1 1 the answer is 1")]
+GOLDEN = [("1 0 2 0 2 2 0 2 sum", "1 1 0 0 2 1 1 0 all done"), ("0 1 2 0 2 2 0 0 sum", "0 1 0 0 2 1 1 1")]
 
 
 def test_it_is_a_task_called_digit_sum() -> None:
@@ -26,8 +25,11 @@ def test_solutions_are_right_and_worded_by_the_seed(length: int, modulus: int, s
             sums = [str(sum(map(int, digits[: end + 1])) % modulus) for end in range(length)]
             answer = sums[-1] if ask == "sum" else digits[0]
             worked = ask == "sum" and solve == "worked"
-            straight = [f"{phrase} {answer}".strip() for phrase in PHRASES]
-            allowed = [" ".join([*sums, said]) for said in straight[1:]] + [" ".join(sums)] if worked else straight
+            allowed = [answer]
+            if ask == "sum":
+                allowed = [f"{opening} {answer}" for opening in OPENINGS]
+            if worked:
+                allowed = [" ".join([*sums, closing]).strip() for closing in CLOSINGS]
             assert word == ask and problem.solution in allowed
             assert problem.answer == {"answer": answer, "sums": sums}
             verdict = task.check(problem, problem.solution)
@@ -38,20 +40,33 @@ def test_solutions_are_right_and_worded_by_the_seed(length: int, modulus: int, s
 
 
 def test_all_wordings_occur_and_the_plain_one_can_be_asked_for() -> None:
-    direct = DigitSum(solve="direct").problems("train", 200, 0)
-    assert {len(p.solution.split()) for p in direct} == {1, 2, 3, 4}  # type: ignore[union-attr]
-    worked = DigitSum().problems("train", 200, 0)
-    assert {len(p.solution.split()) for p in worked} == {8, 10, 11, 12}  # type: ignore[union-attr]
-    plain = DigitSum(phrases=1).problems("train", 200, 0)
-    assert {len(p.solution.split()) for p in plain} == {8}  # type: ignore[union-attr]
+    for task, counts in (
+        (DigitSum(solve="direct"), {2, 3, 4}),
+        (DigitSum(), {8, 9, 10, 11}),
+        (DigitSum(closing=False), {8}),
+        (DigitSum(ask="first"), {1}),
+    ):
+        solutions = [problem.solution or "" for problem in task.problems("train", 200, 0)]
+        assert {len(solution.split()) for solution in solutions} == counts
 
 
 @pytest.mark.parametrize(
     ("text", "correct"),
-    [("", False), ("1", True), ("0 1", True), ("the answer is 1", True), ("1 is", False), ("1 2 2 1", True), ("2", False)],
+    [
+        ("", False),
+        ("1", True),
+        ("0 1", True),
+        ("the answer is 1", True),
+        ("1 done", True),
+        ("1 2 2 1", True),
+        ("2", False),
+        ("1 7", True),
+        ("done", False),
+        ("1 0 now", False),
+    ],
 )
-def test_the_last_word_is_the_answer(text: str, correct: bool) -> None:
-    problem = DigitSum(length=4)._problem(RunningSum(length=4)._problem((1, 1, 0, 2)), "")
+def test_the_last_number_is_the_answer(text: str, correct: bool) -> None:
+    problem = Problem(id="p", prompt="1 1 0 2 sum", answer={"answer": "1", "sums": ["1", "2", "2", "1"]})
     verdict = DigitSum(length=4).check(problem, text)
     assert (verdict.correct, verdict.score) == (correct, float(correct))
     assert verdict.metrics == {"words": float(len(text.split())), "worked": float(text == "1 2 2 1")}

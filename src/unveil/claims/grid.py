@@ -85,14 +85,19 @@ class GridDenoiser(MaskedDenoiser):
                 nn.init.normal_(parameter, std=0.05, generator=generator)
 
     def features(self, ids: Tensor, valid: Tensor, t: Tensor | None = None) -> Tensor:
-        puzzle, response = ids[:, :CELLS], ids[:, CELLS:]
-        empty = puzzle == self.empty_id
-        cells = puzzle.masked_scatter(empty, response)
-        x = self.embedding(cells) + self.cell_embedding + self.empty_embedding(empty.long())
+        empty, response = ids[:, :CELLS] == self.empty_id, ids[:, CELLS:]
+        x = self.embed(ids, t)
         for block in self.blocks:
             x = block(x, (self.cos, self.sin), None)
         x = self.norm(x)
         return torch.cat([torch.zeros_like(x), x[empty].view(len(ids), response.shape[1], -1)], 1)
+
+    def embed(self, ids: Tensor, t: Tensor | None) -> Tensor:
+        """What the first block reads of the cells, (B, CELLS, D)."""
+        puzzle = ids[:, :CELLS]
+        empty = puzzle == self.empty_id
+        cells = puzzle.masked_scatter(empty, ids[:, CELLS:])
+        return self.embedding(cells) + self.cell_embedding + self.empty_embedding(empty.long())
 
     def head(self, features: Tensor) -> Tensor:
         return self.unembedding(features) + self.forbidden_bias

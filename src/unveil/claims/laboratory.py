@@ -88,6 +88,38 @@ def train_to(
     return {"updates": update, "accuracy": reached, "line": f"{reached:.3f} after {update} updates"}
 
 
+def train_steps(
+    denoiser: MaskedDenoiser,
+    data: DenoisingConfig,
+    folder: Path,
+    *,
+    seed: int,
+    lr: float,
+    updates: int,
+    measure: Callable[[int], Measured],
+    points: int = 20,
+) -> Measured:
+    """Train the denoiser on data for ``updates`` steps, ``measure(update)`` before, at up to ``points`` moments, after.
+
+    Returns:
+        ``curve`` as of `train_policy`, and the cost.
+    """
+    every = max(1, updates // points)
+    trainer = _trainer(denoiser, lr=lr, updates=updates, folder=folder, every=every)
+    folder.mkdir(parents=True, exist_ok=True)
+    log = RunLog(folder, LogConfig(tensorboard=False))
+    job = DenoisingJob(trainer, data, DenoisingEval(), log, seed=seed)
+    curve: list[Measured] = []
+
+    def follow(update: int) -> None:
+        curve.append({"update": update, "optimizer_steps": trainer.cost.optimizer_steps, **measure(update)})
+
+    job.evaluate = follow  # type: ignore[method-assign]
+    trainer.fit(job, log)
+    log.close()
+    return {"curve": curve, **_cost(trainer)}
+
+
 def train_policy(
     denoiser: MaskedDenoiser,
     policy: PolicyConfig,
@@ -100,8 +132,11 @@ def train_policy(
     points: int = 20,
     microbatch: int = 512,
     weight_decay: float = 0.0,
+    **optim: Any,
 ) -> Measured:
     """Improve a policy and follow what ``measure(job)`` finds before, at up to ``points`` moments, and after.
+
+    ``optim`` are further fields of `OptimConfig`.
 
     Returns:
         ``curve``, a list of measurements with ``optimizer_steps`` and ``update``; ``metrics``, what every update
@@ -110,7 +145,7 @@ def train_policy(
     every = max(1, updates // points)
     trainer = _trainer(
         denoiser, lr=lr, updates=updates, folder=folder, every=every, microbatch=microbatch, weight_decay=weight_decay,
-        keep_reference=policy.kl.beta > 0,
+        keep_reference=policy.kl.beta > 0, **optim,
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     log = RunLog(folder, LogConfig(tensorboard=False))
@@ -124,8 +159,11 @@ def train_policy(
     job.evaluate = follow  # type: ignore[method-assign]
     trainer.fit(job, log, lambda _, metrics: logged.append(metrics))
     log.close()
-    cost = {key: getattr(trainer.cost, key) for key in ("optimizer_steps", "rollouts", "forwards", "seconds")}
-    return {"curve": curve, "metrics": logged, **cost}
+    return {"curve": curve, "metrics": logged, **_cost(trainer)}
+
+
+def _cost(trainer: Trainer) -> Measured:
+    return {key: getattr(trainer.cost, key) for key in ("optimizer_steps", "rollouts", "forwards", "seconds")}
 
 
 def _trainer(
@@ -138,10 +176,12 @@ def _trainer(
     microbatch: int = 512,
     weight_decay: float = 0.0,
     keep_reference: bool = False,
+    **optim: Any,
 ) -> Trainer:
+    settings: dict[str, Any] = {"lr": lr, "max_grad_norm": 1.0, "microbatch": microbatch, "weight_decay": weight_decay}
     return Trainer(
         denoiser,
-        OptimConfig(lr=lr, max_grad_norm=1.0, microbatch=microbatch, weight_decay=weight_decay),
+        OptimConfig(**(settings | optim)),
         CheckpointConfig(every=NEVER, keep=1),
         SnapshotConfig(),
         updates=updates,

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from unveil.denoisers.base import MaskedDenoiser
+    from unveil.samplers.base import Sampler
+    from unveil.samplers.decoding import DecodeRecipe
     from unveil.samplers.trajectory import Trajectory
 
 SUMMARY = "complete prompts with a model; show or save the denoising trajectory"
@@ -23,7 +25,17 @@ _LONGEST = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="model folder, run folder, or name of an embedded model")
+    parser.add_argument(
+        "words", nargs="*", metavar="MODEL [key=value ...]",
+        help="model folder, run folder, embedded model, or owner/name on the hub; changes of a recipe",
+    )  # fmt: skip
+    parser.add_argument("--chat", action="store_true", help="wrap prompts into the chat template of a published model")
+    parser.add_argument(
+        "--dtype", choices=["fp32", "bf16"], default="fp32", help="weights of a published model (default: fp32)"
+    )
+    parser.add_argument(
+        "--recipe", metavar="NAME", help="sampler, length and model of a system that needs no training, or a path"
+    )
     given = parser.add_mutually_exclusive_group()
     given.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be repeated")
     given.add_argument(
@@ -41,19 +53,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="response positions (default: as trained, where the model's recipe is at hand, else what "
         f"the model's canvas leaves, at most {_LONGEST})",
     )  # fmt: skip
-    parser.add_argument("--rule", default="lcr", metavar="NAME[:field=value,...]", help="decoding rule (default: lcr)")
+    parser.add_argument(
+        "--rule", metavar="NAME[:field=value,...]",
+        help="decoding rule, or reverse: the reverse process on a grid of times (default: lcr)",
+    )  # fmt: skip
     parser.add_argument("--schedule", metavar="NAME[:field=value,...]", help="tokens per step (default: even)")
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (default: one per position)")
     parser.add_argument("--block", type=int, metavar="N", help="block length (default: full diffusion)")
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest (default: 0)"
-    )
+    parser.add_argument("--solver", metavar="NAME[:field=value,...]", help="outputs that tokens use (default: first)")
+    parser.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest (default: 0)")
     parser.add_argument("--top-p", type=float, metavar="P", help="nucleus filter")
     parser.add_argument("--top-k", type=int, metavar="K", help="top-k filter")
+    parser.add_argument("--rank-by", metavar="NAME", help="distribution of confidence: model (default) or sampling")
     parser.add_argument(
-        "--rank-by", default="model", metavar="NAME", help="distribution of confidence: model or sampling"
+        "--stop-at-end", action="store_true", default=None, help="finish once an end token stands behind whole text"
     )
-    parser.add_argument("--stop-at-end", action="store_true", help="finish once an end token stands behind whole text")
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="completions per prompt (default: 1)")
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="everything random derives from it (default: 0)"
@@ -63,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 OPTIONS = {
-    "steps": "--steps", "block_length": "--block", "rule": "--rule", "schedule": "--schedule",
+    "steps": "--steps", "block_length": "--block", "rule": "--rule", "schedule": "--schedule", "solver": "--solver",
     "temperature": "--temperature", "top_p": "--top-p", "top_k": "--top-k", "rank_by": "--rank-by",
     "stop_at_end": "--stop-at-end",
 }  # fmt: skip
@@ -84,12 +98,16 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         raise UserError("--length: the length comes from --infill; leave one of them out")
     if args.trajectory is not None:
         _check_target(Path(args.trajectory))
-    prompts = _prompts(args)
-    denoiser = open_model(args.model)
-    tokens = [_encode(denoiser, prompt, f"prompt {row}") for row, prompt in enumerate(prompts)]
+    recipe = _recipe(args)
+    prompts = _prompts(args, recipe)
+    denoiser = open_model(args.model, dtype=args.dtype, chat=args.chat)
+    tokens = []
+    for row, prompt in enumerate(prompts):
+        tokens.append(denoiser.encode_prompt(prompt))
+        _warn_unknown(denoiser, tokens[-1], prompt, f"prompt {row}")
     template = None if args.infill is None else _template(denoiser, args.infill)
-    length = len(template) if template else _length(args, denoiser, max(map(len, tokens)))
-    sampler = _sampler(args, length)
+    length = len(template) if template else _length(args, recipe, denoiser, max(map(len, tokens)))
+    sampler = _sampler(args, recipe, length)
     copies = [row for row in range(len(prompts)) for _ in range(args.samples)]
     initial = None if template is None else [template] * len(copies)
     canvas = Canvas.of([tokens[row] for row in copies], length, denoiser.spec, initial=initial)
@@ -97,7 +115,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     needs: set[str] = set()
     if args.show or args.trajectory:
         needs = {"states", "guesses", "confidence", "log_prob", "revealed", "taken_back"}
-        needs |= set() if sampler.rule.takes_back else {"step_map"}
+        needs = (needs | {"step_map"}) - sampler.refused_fields().keys()
     started = time.perf_counter()
     trajectory = sampler.sample(denoiser, canvas, seeds, needs=needs, batch_size=128)
     seconds = time.perf_counter() - started
@@ -132,9 +150,45 @@ def _check_target(path: Path) -> None:
         raise UserError(f"--trajectory: {str(path.parent)!r}: no such folder")
 
 
-def _prompts(args: argparse.Namespace) -> list[str]:
+def _recipe(args: argparse.Namespace) -> DecodeRecipe | None:
+    """The recipe, if one is named; sets ``args.model``.
+
+    Raises:
+        UserError: the recipe is wrong, options say what it already says, or there is no model.
+    """
+    models = [word for word in args.words if "=" not in word]
+    changes = [word for word in args.words if "=" in word]
+    if len(models) > 1:
+        raise UserError(f"{models[1]!r}: one MODEL is enough")
+    args.model = models[0] if models else None
+    if args.recipe is None:
+        if changes:
+            raise UserError(f"{changes[0]!r}: changes a recipe, but there is none (give --recipe NAME)")
+        if args.model is None:
+            raise UserError("MODEL: required, but missing (or --recipe NAME)")
+        return None
+    from unveil.cli.recipes import find_recipe
+    from unveil.recipe import build, load
+    from unveil.samplers.decoding import DecodeRecipe
+
+    for field, option in OPTIONS.items():
+        if getattr(args, option.removeprefix("--").replace("-", "_")) is not None:
+            raise UserError(f"{option}: the recipe gives the sampler (write sampler.{field}=VALUE)")
+    path = find_recipe(args.recipe)
+    data = load(path, changes)
+    for key, command in (("policy", "train"), ("data", "pretrain")):
+        if key in data:
+            raise UserError(f"{path}: a recipe for `unveil {command}`, not for `unveil decode`")
+    recipe = build(DecodeRecipe, data)
+    args.model = args.model or recipe.model.path
+    return recipe
+
+
+def _prompts(args: argparse.Namespace, recipe: DecodeRecipe | None) -> list[str]:
     if args.prompt is not None:
         return args.prompt
+    if args.prompts is None and recipe is not None and recipe.prompts:
+        return recipe.prompts
     if args.prompts is None:
         if sys.stdin.isatty():
             raise UserError("--prompt: required, but missing (or --prompts FILE, or lines on stdin)")
@@ -163,18 +217,16 @@ def _plain_lines(text: str, source: str) -> list[str]:
     return lines
 
 
-def _encode(denoiser: MaskedDenoiser, text: str, what: str) -> list[int]:
-    """Ids of the text; words that the model does not know are reported, for it cannot read them."""
+def _warn_unknown(denoiser: MaskedDenoiser, ids: list[int], text: str, what: str) -> None:
+    """Report words that the model does not know, for it cannot read them."""
     from unveil.denoisers.tokenizer import UNKNOWN
 
-    ids = denoiser.tokenizer.encode(text)
     unknown = denoiser.tokenizer.backend.token_to_id(UNKNOWN)
     if unknown is not None and (count := ids.count(unknown)):
         print(
             f"unveil: warning: {what} has {count} word(s) that the model does not know: {text!r}",
             file=sys.stderr,
         )
-    return ids
 
 
 def _template(denoiser: MaskedDenoiser, text: str) -> list[int]:
@@ -184,30 +236,37 @@ def _template(denoiser: MaskedDenoiser, text: str) -> list[int]:
     ids: list[int] = []
     for place, part in enumerate(text.split(_MASK)):
         ids += [denoiser.spec.mask_id] if place else []
-        ids += _encode(denoiser, part, "--infill") if part.strip() else []
+        ids += denoiser.tokenizer.encode(part) if part.strip() else []
+    _warn_unknown(denoiser, ids, text, "--infill")
     return ids
 
 
-def _length(args: argparse.Namespace, denoiser: MaskedDenoiser, longest: int) -> int:
+def _length(args: argparse.Namespace, recipe: DecodeRecipe | None, denoiser: MaskedDenoiser, longest: int) -> int:
     from unveil.cli.models import trained_length
 
     if args.length is not None:
         return args.length
+    if recipe is not None:
+        return recipe.response_length
     # At least 1, so that a prompt as long as the canvas gets the canvas's own message.
     room = max(1, denoiser.spec.context_length - longest)
     return min(room, trained_length(args.model) or _LONGEST)
 
 
-def _sampler(args: argparse.Namespace, length: int) -> Any:
-    from unveil.cli.decoders import plugin, sampler
-    from unveil.samplers.rules import Rule
+def _sampler(args: argparse.Namespace, recipe: DecodeRecipe | None, length: int) -> Sampler:
+    from unveil.cli.decoders import plugin, rule, sampler
     from unveil.samplers.schedules import Schedule
+    from unveil.samplers.solvers import Solver
 
+    if recipe is not None:
+        recipe.sampler.check_fits(length)
+        return recipe.sampler
     settings = {
         "steps": length if args.steps is None else args.steps,
         "block_length": args.block,
-        "rule": plugin(args.rule, "--rule", Rule),
+        "rule": rule(args.rule or "lcr", "--rule"),
         "schedule": None if args.schedule is None else plugin(args.schedule, "--schedule", Schedule),
+        "solver": None if args.solver is None else plugin(args.solver, "--solver", Solver),
         "temperature": args.temperature,
         "top_p": args.top_p,
         "top_k": args.top_k,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from unveil.registry import Plugin, UserError, lookup, names
 
 if TYPE_CHECKING:
-    from unveil.samplers.masked import MaskedSampler
+    from unveil.samplers.base import Sampler
 
 
 def plugin(text: str, option: str, family: type[Plugin]) -> dict[str, Any]:
@@ -36,8 +37,24 @@ def plugin(text: str, option: str, family: type[Plugin]) -> dict[str, Any]:
     return {"name": name, **values}
 
 
-def sampler(settings: Mapping[str, Any], length: int, options: Mapping[str, str]) -> MaskedSampler:
+def rule(text: str, option: str) -> dict[str, Any]:
+    """`plugin` of a decoding rule, or of a sampler that has no rules, such as ``reverse``."""
+    from unveil.samplers.base import Sampler
+    from unveil.samplers.rules import Rule
+
+    return plugin(text, option, Sampler if _without_rules(text.partition(":")[0]) else Rule)
+
+
+def _without_rules(name: str) -> bool:
+    from unveil.samplers.base import Sampler
+
+    return name != Sampler.default and name in names(Sampler)
+
+
+def sampler(settings: Mapping[str, Any], length: int, options: Mapping[str, str]) -> Sampler:
     """The sampler with the fields ``settings``, fit for responses of ``length`` tokens.
+
+    A ``rule`` that names a sampler without rules stands for that sampler, with the other fields that it has.
 
     Args:
         options: the option that stands for each field, for messages.
@@ -46,10 +63,18 @@ def sampler(settings: Mapping[str, Any], length: int, options: Mapping[str, str]
         UserError: all problems, one line each.
     """
     from unveil.recipe import build
+    from unveil.samplers.base import Sampler
     from unveil.samplers.masked import MaskedSampler
 
+    given = {key: value for key, value in settings.items() if value is not None}
+    kind: type[Sampler] = MaskedSampler
+    if _without_rules(given["rule"]["name"]):
+        usual = {field.name: field.default for field in fields(MaskedSampler)}
+        kind = lookup(Sampler, given["rule"]["name"])
+        own = {key: value for key, value in given.pop("rule").items() if key != "name"}
+        given = {key: value for key, value in given.items() if key == "temperature" or value != usual[key]} | own
     try:
-        built = build(MaskedSampler, {key: value for key, value in settings.items() if value is not None})
+        built = build(kind, given)
         built.check_fits(length)
     except UserError as error:
         raise UserError("\n".join(_by_option(line, options) for line in str(error).splitlines())) from error

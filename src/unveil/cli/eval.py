@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from unveil.denoisers.base import MaskedDenoiser
-    from unveil.samplers.masked import MaskedSampler
+    from unveil.samplers.base import Sampler
     from unveil.tasks.base import Problem, Task
     from unveil.tasks.evaluate import Evaluation
 
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rules",
         action="append",
         metavar="RULE;...",
-        help="rules NAME[:field=value,...]; may be repeated (default: lcr)",
+        help="rules NAME[:field=value,...], or reverse; may be repeated (default: lcr)",
     )
     parser.add_argument("--temperature", type=_list_of(float), default=[0.0], metavar="T,...", help="default: 0")
     parser.add_argument("--problems", type=int, default=512, metavar="N", help="how many (default: 512)")
@@ -75,14 +75,14 @@ class Cell:
     length: int
     block: int | None
     temperature: float
-    sampler: MaskedSampler
+    sampler: Sampler
 
     def settings(self) -> dict[str, Any]:
         """What tells this decoder from the others; no steps for rules that set their own pace."""
         return {
             "decoder": self.rule,
             "length": self.length,
-            "steps": self.sampler.steps if self.sampler.rule.follows_schedule else None,
+            "steps": self.sampler.planned_steps,
             "block": self.block,
             "temperature": self.temperature,
         }
@@ -151,8 +151,8 @@ def _grid(args: argparse.Namespace, lengths: Sequence[int]) -> list[Cell]:
     Raises:
         UserError: some do not fit; all of them are named.
     """
-    from unveil.cli.decoders import plugin, sampler
-    from unveil.samplers.rules import Rule
+    from unveil.cli.decoders import rule as named
+    from unveil.cli.decoders import sampler
 
     options = {
         "steps": "--steps",
@@ -166,7 +166,7 @@ def _grid(args: argparse.Namespace, lengths: Sequence[int]) -> list[Cell]:
     grid = itertools.product(rules, lengths, args.steps or [None], args.blocks, args.temperature)
     for rule, length, steps, block, temperature in grid:
         settings = {
-            "rule": plugin(rule, "--rules", Rule),
+            "rule": named(rule, "--rules"),
             "steps": length if steps is None else steps,
             "block_length": block,
             "temperature": temperature,

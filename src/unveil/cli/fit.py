@@ -92,8 +92,9 @@ def _recipe(args: argparse.Namespace, cls: type) -> tuple[str, Any]:
     else:
         raise UserError("RECIPE: required, but missing (or --resume RUN)")
     data = load(path, overrides)
-    other = "pretrain" if "data" in data else "train"
-    if ("policy" in data) != ("data" in data) and other != args.command:
+    kinds = {"policy": "train", "data": "pretrain", "sampler": "decode --recipe"}
+    found = [command for key, command in kinds.items() if key in data]
+    if len(found) == 1 and (other := found[0]) != args.command:
         raise UserError(f"{path}: a recipe for `unveil {other}`, not for `unveil {args.command}`")
     return name, build(cls, data)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unveil.denoisers.base import MaskedDenoiser
@@ -22,8 +22,8 @@ def set_threads() -> None:
         torch.set_num_threads(1)
 
 
-def open_model(name: str) -> MaskedDenoiser:
-    """The denoiser of a model folder, run folder or embedded model, on the GPU where there is one.
+def open_model(name: str, *, dtype: Any = "fp32", chat: bool = False) -> MaskedDenoiser:
+    """The denoiser of a model folder, run folder, embedded or published model, on the GPU where there is one.
 
     Raises:
         UserError: there is no such model.
@@ -33,7 +33,7 @@ def open_model(name: str) -> MaskedDenoiser:
     from unveil.denoisers.load import load_denoiser
 
     set_threads()
-    return load_denoiser(name).to("cuda" if torch.cuda.is_available() else "cpu")
+    return load_denoiser(name, dtype=dtype, chat=chat).to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def trained_length(name: str) -> int | None:

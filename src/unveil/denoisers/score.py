@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unveil.denoisers.base import MaskedDenoiser
 from unveil.denoisers.tokenizer import TextTokenizer
 from unveil.denoisers.transformer import TransformerConfig, TransformerDenoiser
-from unveil.processes.score_entropy import LogLinear, ScoreEntropyProcess
+from unveil.processes.score_entropy import LogLinear, Noise, ScoreEntropyProcess
 from unveil.registry import UserError
 
 FREQUENCIES = 32
@@ -34,27 +35,22 @@ class ScoreConfig(TransformerConfig):
             raise UserError(f"noise_eps: should be less than 1, got {self.noise_eps}")
 
 
-class ScoreDenoiser(TransformerDenoiser):
-    """The embedded transformer with a time embedding added to its tokens and a head that gives log-scores.
+class Scored(MaskedDenoiser):
+    """Mixed into a denoiser with an `embed`, before it in the list of bases: its head then gives log-scores.
 
-    The head's raw output a becomes log s = a + log r(t) - log(number of tokens that can be), so that a network of
-    zeros has the right sum at every time (Lou et al. 2023). log r(t) travels as the last column of the features: the
-    head then needs no time, and may be put on any rows.
+    A time embedding is added to what the first block reads. The raw output a of the head becomes
+    log s = a + log r(t) - log(number of tokens that can be), so that a network of zeros has the right sum at every time
+    (Lou et al. 2023). log r(t) travels as the last column of the features: the head needs no time and may be put on any
+    rows.
     """
 
-    model_type = "unveil-score-transformer"
-    config_class = ScoreConfig
-
-    def __init__(self, config: ScoreConfig, tokenizer: TextTokenizer) -> None:
-        super().__init__(config, tokenizer)
-        noise = LogLinear(eps=config.noise_eps)
-        self.process = ScoreEntropyProcess(mask_id=self.spec.mask_id, noise=noise)
+    def told_the_time(self, noise: Noise, dim: int) -> None:
+        """Add the time embedding of width ``dim`` and declare what the head gives; ends the constructor."""
         self.spec = dataclasses.replace(
-            self.spec, time_conditioned=True, prediction="log_score", noise=noise, feature_dim=config.dim + 1
+            self.spec, time_conditioned=True, prediction="log_score", noise=noise, feature_dim=dim + 1
         )
-        self.time_in = nn.Linear(2 * FREQUENCIES, config.dim, bias=False)
-        self.time_out = nn.Linear(config.dim, config.dim, bias=False)
-        self.share = math.log(self.spec.vocab_size - len(self.spec.forbidden_ids))
+        self.time_in = nn.Linear(2 * FREQUENCIES, dim, bias=False)
+        self.time_out = nn.Linear(dim, dim, bias=False)
 
     def features(self, ids: Tensor, valid: Tensor, t: Tensor | None = None) -> Tensor:
         """(B, L, D + 1): features, and log r(t) - log(number of tokens) in the last column.
@@ -64,18 +60,32 @@ class ScoreDenoiser(TransformerDenoiser):
         """
         if t is None:
             raise UserError("the network is conditioned on time, which this sampler or likelihood does not give")
-        features = super().features(ids, valid, t)
-        scale = (self.process.score_scale(t) - self.share).to(features.dtype)
-        return torch.cat([features, scale[:, None, None].expand(*ids.shape, 1)], dim=-1)
+        process = self.spec.process()
+        assert isinstance(process, ScoreEntropyProcess)
+        features = super().features(ids, valid, t)  # type: ignore[safe-super]
+        tokens = self.spec.vocab_size - len(self.spec.forbidden_ids)
+        scale = (process.score_scale(t) - math.log(tokens)).to(features.dtype)
+        return torch.cat([features, scale[:, None, None].expand(*features.shape[:2], 1)], dim=-1)
 
     def embed(self, ids: Tensor, t: Tensor | None) -> Tensor:
         assert t is not None
         wave = self.time_in(time_waves(t).to(self.time_in.weight.dtype))
-        return super().embed(ids, t) + self.time_out(F.silu(wave))[:, None]
+        return super().embed(ids, t) + self.time_out(F.silu(wave))[:, None]  # type: ignore[misc]
 
     def head(self, features: Tensor) -> Tensor:
         """Log-scores (..., V), -inf at the forbidden ids."""
-        return super().head(features[..., :-1]) + features[..., -1:]
+        return super().head(features[..., :-1]) + features[..., -1:]  # type: ignore[safe-super]
+
+
+class ScoreDenoiser(Scored, TransformerDenoiser):
+    """The embedded transformer in its score form."""
+
+    model_type = "unveil-score-transformer"
+    config_class = ScoreConfig
+
+    def __init__(self, config: ScoreConfig, tokenizer: TextTokenizer) -> None:
+        super().__init__(config, tokenizer)
+        self.told_the_time(LogLinear(eps=config.noise_eps), config.dim)
 
 
 def time_waves(t: Tensor) -> Tensor:

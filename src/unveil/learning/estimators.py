@@ -150,7 +150,7 @@ class MaskedAnswer(Likelihood):
     Tokens behind the end that are dropped stay masked in every view, so that they give away nothing of the length.
     """
 
-    resamples: ClassVar[bool] = True
+    resamples = True
     per_step: ClassVar[bool] = False
     after_end: AfterEnd = "keep"
     """``keep``: the whole response is the answer, as decoding fills it. ``drop``: up to and including the first end
@@ -250,7 +250,10 @@ class PartialMask(MaskedAnswer, name="partial_mask"):
     """One partly masked view (UniGRPO of MMaDA, 2505.15809): the first inner update masks a random share of the answer,
     the following ones evenly more, the last one everything."""
 
+    low: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Least share that the first inner update masks (IGPO's code: 30 of 128 steps)."""
+
     def masks(self, size: int, seed: int, inner: Inner) -> Masks:
-        first = float(torch.rand((), dtype=torch.float64, generator=generator(seed, "first time")))
-        time = partial_time(first, inner.number, inner.count)
+        drawn = float(torch.rand((), dtype=torch.float64, generator=generator(seed, "first time")))
+        time = partial_time(self.low + (1 - self.low) * drawn, inner.number, inner.count)
         return partial_masks(size, time, generator(seed, inner.number, "masks"))

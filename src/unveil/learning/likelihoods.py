@@ -146,7 +146,7 @@ class Likelihood(Plugin, family="likelihood"):
 
     needs: frozenset[str] = frozenset()
     """Trajectory fields that `views` reads."""
-    resamples: ClassVar[bool] = False
+    resamples: bool = False
     """True if the views of two inner updates differ; otherwise they are made and scored once."""
     per_step: ClassVar[bool] = True
     """True if views belong to steps (a selector chooses which), False if they stand for the whole chain."""
@@ -309,12 +309,14 @@ class OneStepLikelihood(Likelihood, name="one_step"):
     Every inner update masks the prompt anew. Given (infilled) response positions are masked and scored like the rest.
     """
 
-    resamples: ClassVar[bool] = True
     per_step: ClassVar[bool] = False
     prompt_mask: Annotated[float, Field(ge=0, lt=1)] = 0.15
     """Probability of masking each prompt token."""
     after_end: AfterEnd = "drop"
     """``drop``: tokens up to and including the first end token count; ``keep``: the whole response does."""
+
+    def __post_init__(self) -> None:
+        self.resamples = self.prompt_mask > 0
 
     def views(
         self, trajectory: Trajectory, chosen: Tensor, seeds: Sequence[int], spec: DenoiserSpec, inner: Inner = FIRST

@@ -14,6 +14,8 @@ from unveil.samplers.trajectory import Trajectory
 class Sampler(Plugin, family="sampler", default="masked"):
     """Draws samples from a denoiser. A row's result depends on its seed and content, never on its batch."""
 
+    steps: int
+    """Denoising steps."""
     temperature: float
     """Of the drawn tokens; 0 takes the likeliest."""
 
@@ -27,12 +29,21 @@ class Sampler(Plugin, family="sampler", default="masked"):
         """False if tokens are not drawn from the network's own output at their step; nothing can then score them."""
         return True
 
+    @property
+    def planned_steps(self) -> int | None:
+        """The number of steps that was asked for; None: the sampler sets its own pace."""
+        return None
+
     def check_fits(self, response_length: int) -> None:
         """Refuse settings that do not fit responses of ``response_length`` tokens.
 
         Raises:
             UserError: naming the key and what is allowed.
         """
+
+    def refused_fields(self) -> dict[str, str]:
+        """Trajectory fields that this sampler cannot record, and why."""
+        return {}
 
     def check_denoiser(self, denoiser: MaskedDenoiser) -> None:
         """Refuse a denoiser that this sampler cannot use.

@@ -82,8 +82,11 @@ class MaskedSampler(Sampler, name="masked"):
         if self.rule.follows_schedule:
             self.schedule.check_fits(response_length, self.block_length, self.steps)
 
+    @property
+    def planned_steps(self) -> int | None:
+        return self.steps if self.rule.follows_schedule else None
+
     def refused_fields(self) -> dict[str, str]:
-        """Trajectory fields that this sampler cannot record, and why."""
         refused = {"times": "needs a sampler on a grid of times ('reverse')"}
         if self.rule.takes_back:
             refused["step_map"] = "is not exact for a rule that takes tokens back; ask for 'states'"

@@ -43,8 +43,11 @@ class ReverseSampler(Sampler, name="reverse"):
     """Keep the output of a row in which nothing changed, if the network is not told the time (MDLM's cached sampler).
     """
 
+    @property
+    def planned_steps(self) -> int:
+        return self.steps
+
     def refused_fields(self) -> dict[str, str]:
-        """Trajectory fields that this sampler cannot record, and why."""
         return dict.fromkeys(("block", "order", "order_log_prob"), "needs a sampler with blocks and rules ('masked')")
 
     @torch.no_grad()

@@ -17,16 +17,18 @@ from pydantic import Field
 from unveil.tasks.base import Problem, Split, Task, Verdict
 from unveil.tasks.running_sum import RunningSum
 
-PHRASES = ("", "is", "answer is", "the answer is")
-"""What may be said before a stated answer."""
+OPENINGS = ("is", "answer is", "the answer is")
+"""What stands before the answer to a sum that is said straight."""
+CLOSINGS = ("", "done", "all done", "now all done")
+"""What may stand behind the working."""
 
 
 @dataclass(kw_only=True)
 class DigitSum(Task, name="digit_sum"):
-    """Prompt ``2 1 0 2 sum``, response ``2 0 0 2``, or straight ``the answer is 2``. The last word is the answer.
+    """Prompt ``2 1 0 2 sum``, response ``2 0 0 2``, or straight ``the answer is 2``. The last number is the answer.
 
-    Solutions are worded differently from seed to seed: a direct answer has one to four words, and a worked-out one may
-    state its answer once more in two to four words.
+    Solutions are worded differently from seed to seed: a straight answer has two to four words, and up to three words
+    follow the working. The first digit is answered by itself alone.
     """
 
     length: Annotated[int, Field(ge=1, le=64)] = 8
@@ -36,18 +38,19 @@ class DigitSum(Task, name="digit_sum"):
     ask: Literal["sum", "first"] = "sum"
     """The sum modulo ``modulus``, or merely the first digit: a question whose right answer is short."""
     solve: Literal["worked", "direct"] = "worked"
-    """How solutions answer a sum: by all running sums, or straight. The first digit is always said straight."""
-    phrases: Annotated[int, Field(ge=1, le=4)] = 4
-    """How many of the wordings solutions choose from; 1: the bare answer, stated once."""
+    """How solutions answer a sum: by all running sums, or straight."""
+    closing: bool = True
+    """Whether words may follow the working."""
 
     def problems(self, split: Split, count: int, seed: int) -> list[Problem]:
         rng = random.Random(f"digit_sum/{split}/{seed}")
         chains = RunningSum(length=self.length, modulus=self.modulus).problems(split, count, seed)
-        return [self._problem(chain, rng.choice(PHRASES[: self.phrases])) for chain in chains]
+        return [self._problem(chain, rng) for chain in chains]
 
     def check(self, problem: Problem, completion: str) -> Verdict:
-        words = completion.split()
-        correct = words[-1:] == [problem.answer["answer"]]
+        words, digits = completion.split(), {str(digit) for digit in range(self.modulus)}
+        numbers = [word for word in words if word in digits]
+        correct = numbers[-1:] == [problem.answer["answer"]]
         worked = words[: self.length] == problem.answer["sums"]
         return Verdict(
             correct=correct,
@@ -55,15 +58,16 @@ class DigitSum(Task, name="digit_sum"):
             metrics={"words": float(len(words)), "worked": float(worked)},
         )
 
-    def _problem(self, chain: Problem, phrase: str) -> Problem:
+    def _problem(self, chain: Problem, rng: random.Random) -> Problem:
         sums = chain.answer["slots"]
-        answer = sums[-1] if self.ask == "sum" else chain.prompt.split()[0]
-        stated = f"{phrase} {answer}".strip()
-        if self.ask == "sum" and self.solve == "worked":
-            stated = " ".join([*sums, stated] if phrase else sums)
+        solution = answer = sums[-1] if self.ask == "sum" else chain.prompt.split()[0]
+        opening, closing = rng.choice(OPENINGS), rng.choice(CLOSINGS)
+        if self.ask == "sum":
+            worked = " ".join([*sums, closing] if closing and self.closing else sums)
+            solution = worked if self.solve == "worked" else f"{opening} {answer}"
         return Problem(
             id=f"digit-{self.ask}-{chain.id}",
             prompt=f"{chain.prompt} {self.ask}",
             answer={"answer": answer, "sums": sums},
-            solution=stated,
+            solution=solution,
         )

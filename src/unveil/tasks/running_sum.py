@@ -36,7 +36,7 @@ class RunningSum(Task, name="running_sum"):
         # Drawing until enough differ is cheap, and sure to end, only where the split is far larger than that.
         if space <= 10_000 or 20 * count > space:
             prompts = product(range(self.modulus), repeat=self.length)
-            everything = [digits for digits in prompts if _split(digits) == split]
+            everything = [digits for digits in prompts if split_of(digits) == split]
             if count > len(everything):
                 raise UserError(
                     f"running_sum has {len(everything)} {split} problems with length={self.length}, "
@@ -46,7 +46,7 @@ class RunningSum(Task, name="running_sum"):
         chosen: dict[tuple[int, ...], None] = {}
         while len(chosen) < count:
             digits = tuple(int(rng.random() * self.modulus) for _ in range(self.length))
-            if _split(digits) == split:
+            if split_of(digits) == split:
                 chosen[digits] = None
         return [self._problem(digits) for digits in chosen]
 
@@ -75,5 +75,6 @@ class RunningSum(Task, name="running_sum"):
         )
 
 
-def _split(digits: tuple[int, ...]) -> Split:
+def split_of(digits: tuple[int, ...]) -> Split:
+    """The split that a prompt belongs to, by a stable hash."""
     return "test" if zlib.crc32(bytes(digits)) % 10 == 0 else "train"
