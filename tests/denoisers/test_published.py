@@ -19,9 +19,10 @@ import published
 import tiny
 from unveil.cli.main import main
 from unveil.denoisers import hub
-from unveil.denoisers.dream import shift_right
+from unveil.denoisers.dream import DreamDenoiser, shift_right
 from unveil.denoisers.load import load_denoiser
 from unveil.denoisers.pretrained import PretrainedDenoiser
+from unveil.learning.objectives import Kl
 from unveil.registry import UserError
 from unveil.tasks.base import Problem, Verdict
 from unveil.training.lora import Adapter, LoraSettings
@@ -234,6 +235,38 @@ def test_the_chat_template_is_the_ecosystems(folders: dict[str, Path]) -> None:
         want = text.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         assert denoiser.encode_prompt(content) == want["input_ids"]
     assert denoiser.encode_prompt("a")[:2] == [0, 3] and denoiser.encode_prompt("a")[-1] != 1
+
+
+def test_a_tokenizer_of_vocabulary_and_merges_is_read_without_its_code(copy: Any) -> None:
+    """Dream's folder: no tokenizer.json, a class of its own, control tokens in tokenizer_config.json."""
+    folder = copy("dream")
+    (folder / "tokenizer.json").unlink()
+    known = published.tokenizer().get_vocab()
+    controls = {token: index for token, index in known.items() if token.startswith("<|")}
+    letters = {token: index for token, index in known.items() if token not in controls}
+    plain = {f"filler{index}": index for index in range(5)} | letters  # ids are places in the file
+    (folder / "vocab.json").write_text(json.dumps(plain))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "tokenization_dream.py").write_text("raise SystemExit('executed')\n")
+    added = {str(53 + place): {"content": token, "special": True} for place, token in enumerate(controls)}
+    described = {
+        "tokenizer_class": "DreamTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
+        "added_tokens_decoder": added, "eos_token": published.END, "pad_token": published.END,
+        "mask_token": published.MASK, "chat_template": published.CHAT,
+    }  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(described))
+    number = {token["content"]: int(index) for index, token in added.items()}
+    change(mask_token_id=number[published.MASK], eos_token_id=number[published.END])(folder)
+    change(pad_token_id=number[published.END])(folder)
+    denoiser = load_denoiser(folder, chat=True)
+    assert denoiser.spec.mask_id == number[published.MASK]
+    assert denoiser.spec.end_ids == (number[published.END], number[published.TURN])
+    ids = denoiser.encode_prompt("a <|mdm_mask|>")
+    assert ids[:2] == [number[published.START], number[published.HEADER]] and denoiser.spec.mask_id not in ids
+    assert "a <|mdm_mask|>" in denoiser.tokenizer.decode(ids)
+    denoiser.save_pretrained(folder.parent / "saved")
+    assert {path.name for path in (folder.parent / "saved").iterdir()} == {path.name for path in folder.iterdir()}
+    assert load_denoiser(folder.parent / "saved", chat=True).encode_prompt("a") == denoiser.encode_prompt("a")
 
 
 # ---- files
@@ -508,8 +541,34 @@ def test_a_published_folder_learns_by_mdpo_and_is_saved_in_its_format(
     assert not torch.equal(before(IDS), after(IDS))
 
 
-def test_the_command_line_trains_a_published_folder(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one_with_tied_weights(folders: dict[str, Path], tmp_path: Path) -> None:
+    def recipe(updates: int) -> Any:
+        evaluation = PolicyEval(every=9, problems=2, decoders={})
+        config = {"task": Early(), "reward": "score", "kl": Kl(beta=0.1)}
+        model = BaseModel(path=str(folders["qwen3"]))
+        return tiny.recipe(tmp_path, "mdpo", updates, policy=config, eval=evaluation, model=model)
+
+    assert train(recipe(4), tmp_path / "whole")
+    assert train(recipe(2), tmp_path / "split")
+    assert train(recipe(4), tmp_path / "split", resume=True)
+    assert tiny.same(tiny.newest(tmp_path / "whole"), tiny.newest(tmp_path / "split")) == []
+    models = (tmp_path / "whole" / "model", tmp_path / "split" / "model", folders["qwen3"])
+    whole, split, base = (load_file(folder / "model-00001-of-00002.safetensors") for folder in models)
+    assert tiny.same(whole, split) == [] and tiny.same(whole, base) != []
+
+
+def test_the_command_line_trains_a_published_folder(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     small = ["updates=1", "policy.rollout.prompts=1", "policy.rollout.group_size=2", "eval.problems=1"]
-    model = f"model.path={folders['dream']}"
-    assert main(["train", "mdpo", model, *small, "--run", str(tmp_path / "run"), "--quiet"]) == 0
-    assert load_denoiser(tmp_path / "run").spec.logit_shift == 1
+    model = [f"model.path={folders['dream']}", "model.chat=true", "policy.rollout.response_length=4"]
+    small += ["policy.rollout.sampler.steps=2", "policy.filter=null", "eval.decoders={lcr: {steps: 2}}"]
+    run = str(tmp_path / "run")
+    asked: list[bool] = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(DreamDenoiser, "encode_prompt", lambda self, text: asked.append(bool(self.frame.after)) or [5])
+        assert main(["train", "mdpo", *model, *small, "--run", run, "--quiet"]) == 0
+        assert main(["eval", run, "--task", "countdown", "--problems", "1", "--steps", "2", "--json"]) == 0
+        assert main(["eval", run, "--no-chat", "--task", "countdown", "--problems", "1", "--steps", "2"]) == 0
+    assert asked[:-2] == [True] * (len(asked) - 2) and not any(asked[-2:])  # as trained, unless told otherwise
+    assert load_denoiser(run).spec.logit_shift == 1

@@ -266,7 +266,7 @@ class PretrainedDenoiser(MaskedDenoiser):
         return self.hidden(ids, attendable, (valid.cumsum(1) - 1).clamp(min=0), t)
 
     def head(self, features: Tensor) -> Tensor:
-        return self.logits(features) + self.forbidden_bias
+        return self.logits(features).add_(self.forbidden_bias)  # in place: a second copy of the logits is much
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a prompt: what the tokenizer (or, if chosen, the chat template) puts around a text, and the text, in
