@@ -217,9 +217,7 @@ def _plain_lines(text: str, source: str) -> list[str]:
 
 def _warn_unknown(denoiser: MaskedDenoiser, ids: list[int], text: str, what: str) -> None:
     """Report words that the model does not know, for it cannot read them."""
-    from unveil.denoisers.tokenizer import UNKNOWN
-
-    unknown = denoiser.tokenizer.backend.token_to_id(UNKNOWN)
+    unknown = denoiser.tokenizer.unknown
     if unknown is not None and (count := ids.count(unknown)):
         print(
             f"unveil: warning: {what} has {count} word(s) that the model does not know: {text!r}",
