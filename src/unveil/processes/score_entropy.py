@@ -18,20 +18,18 @@ Sources: Lou et al. 2023 (arXiv 2310.16834), Sahoo et al. 2024 (2406.07524).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from unveil.processes.masked import MaskedProcess, MaskedTransition, masked_times, temper, unmasked_logits
-from unveil.registry import Plugin
 
 Method = Literal["tweedie", "euler"]
 
 
-class Noise(Plugin, family="noise"):
-    """Total noise sigma(t) and its rate; a token is masked at time t with probability 1 - exp(-sigma(t))."""
+class Noise:
+    """Total noise sigma(t) and its rate; at time t a token is masked with probability 1 - exp(-sigma(t))."""
 
     def sigma(self, t: Tensor) -> Tensor:
         """Total noise at times t in [0, 1], float64."""
@@ -43,10 +41,10 @@ class Noise(Plugin, family="noise"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogLinear(Noise, name="log_linear"):
+class LogLinear(Noise):
     """sigma = -log(1 - (1 - eps) t): tokens are masked with probability (1 - eps) t."""
 
-    eps: Annotated[float, Field(gt=0, lt=1)] = 1e-3
+    eps: float = 1e-3
     """Probability that a token is still there at t = 1; keeps sigma finite."""
 
     def sigma(self, t: Tensor) -> Tensor:
@@ -57,12 +55,12 @@ class LogLinear(Noise, name="log_linear"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Geometric(Noise, name="geometric"):
+class Geometric(Noise):
     """sigma = low^(1 - t) * high^t."""
 
-    low: Annotated[float, Field(gt=0)] = 1e-3
+    low: float = 1e-3
     """sigma(0)."""
-    high: Annotated[float, Field(gt=0)] = 10.0
+    high: float = 10.0
     """sigma(1)."""
 
     def sigma(self, t: Tensor) -> Tensor:
