@@ -221,8 +221,8 @@ class HintEntropy(TokenFilter, name="hint_entropy"):
 
 @dataclass(kw_only=True)
 class Igpo:
-    """The paper's choices, as keyword arguments of a `PolicyConfig`. ``likelihood`` may also be the released code's other
-    schedule, `PartialMask`, or any other, and ``groups`` goes with any other method."""
+    """The paper's choices, as keyword arguments of a `PolicyConfig`. ``likelihood`` may also be `PartialMask`, the
+    released code's other schedule, or any other, and ``groups`` goes with any other method."""
 
     groups: Inpaint = field(default_factory=Inpaint)
     advantage: GroupAdvantage = field(default_factory=lambda: GroupAdvantage(scale="none"))
