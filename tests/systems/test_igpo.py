@@ -124,8 +124,6 @@ def test_settings_that_cannot_work() -> None:
     with pytest.raises(UserError, match=r"chunk_min: should be at most chunk_max \(2\), got 3"):
         hook(chunk_min=3, chunk_max=2)
     sampler = MaskedSampler(steps=5, temperature=1.0)
-    with pytest.raises(UserError, match=r"replacements: should be less than rollout.group_size \(2\), got 2"):
-        hook().check_fits(sampler, 2, 5)
     with pytest.raises(UserError, match=r"free_tail: should be less than rollout.response_length \(5\), got 5"):
         hook(free_tail=5).check_fits(sampler, 4, 5)
     hook(free_tail=5, ratio_low=0.0, ratio_high=0.0).check_fits(sampler, 4, 5)
@@ -199,6 +197,8 @@ def test_repair_is_fixed_by_the_seed_and_none_is_needed_without_all_wrong_groups
     first, _ = hook().apply(sampled(base, wrong), Recorder(base, right), base.denoiser)
     again, _ = hook().apply(sampled(base, wrong), Recorder(base, right), base.denoiser)
     assert first.seeds == again.seeds and int(first.correct.sum()) == 4 * 2
+    most, _ = hook(replacements=9).apply(sampled(base, wrong), Recorder(base, right), base.denoiser)
+    assert int(most.correct.sum()) == 4 * 3  # one member stays
     mixed = sampled(base, [True, False, False, False] * 4)
     roll = Recorder(base, [])
     same, said = hook().apply(mixed, roll, base.denoiser)

@@ -2,7 +2,7 @@
 
 Task: 10 digits mod 4, response = their 10 running sums, right only if every one is: the response is its own scratchpad.
 The base has mostly seen digits 0 and 1 (one digit in five is any) and stops learning as soon as its samples at
-temperature 1 are right in 20 % on the whole task, where four digits occur alike: most groups of 8 are all wrong, because
+temperature 1 are right in 20 % on the whole task, where four digits occur alike: most groups of 8 are all wrong, as
 most prompts fail nearly always. (From bases of 2-10 % every method fell in development: they had not yet learned to
 add.) Network: 2 layers, 64 wide. All methods: 8 groups of 8, 24 updates of 4 gradient steps, one ratio per sequence, no
 KL term, 10 decoding steps, likelihood `partial_mask` (with the whole response masked a chain of sums was not learned).
