@@ -2,8 +2,10 @@
 
 ``denoisers/fixtures/authors.json`` holds, per model, a configuration, the name and shape of every tensor as the
 authors' own modelling code has it, token ids, and the logits which that code gave in float32 (LLaDA: LLaDAModel of
-modeling_llada.py; Dream: DreamModel of modeling_dream.py, its logits moved by one as its sampler does; MDLM: DIT of
-models/dit.py at noise level 0, and at two others). Weights are not stored but follow from a tensor's name (`weight`).
+modeling_llada.py; Dream: DreamModel of modeling_dream.py, its logits moved by one as its sampler does; LLaDA 2:
+LLaDA2MoeModelLM under its block mask; MDLM: DIT of models/dit.py at noise level 0, and at two others; SEDD of
+model/transformer.py at two; qwen3: A2DQwen3LMHeadModel). Weights are not stored but follow from a tensor's name
+(`weight`).
 """
 
 from __future__ import annotations

@@ -19,16 +19,18 @@ import published
 import tiny
 from unveil.cli.main import main
 from unveil.denoisers import hub
-from unveil.denoisers.dream import shift_right
+from unveil.denoisers.dream import DreamDenoiser, shift_right
 from unveil.denoisers.load import load_denoiser
 from unveil.denoisers.pretrained import PretrainedDenoiser
+from unveil.learning.objectives import Kl
+from unveil.processes.score_entropy import Geometric, LogLinear
 from unveil.registry import UserError
 from unveil.tasks.base import Problem, Verdict
 from unveil.training.lora import Adapter, LoraSettings
 from unveil.training.policy_job import PolicyEval
 from unveil.training.runs import BaseModel, train
 
-AUTHORED = ["llada", "dream", "mdlm", "llada2", "qwen3"]
+AUTHORED = ["llada", "dream", "mdlm", "llada2", "qwen3", "sedd"]
 BERT = {
     "model_type": "bert", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 4, "max_position_embeddings": 64, "type_vocab_size": 2, "pad_token_id": 0,
@@ -94,6 +96,11 @@ def copy(folders: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
     return lambda model: Path(shutil.copytree(folders[model], tmp_path / model))
 
 
+def half(ids: Tensor) -> Tensor:
+    """A time for every canvas; networks that are not conditioned on time ignore it."""
+    return torch.full((len(ids),), 0.5)
+
+
 def producible(logits: Tensor) -> Tensor:
     return ~torch.isneginf(logits)
 
@@ -105,8 +112,12 @@ def producible(logits: Tensor) -> Tensor:
 @torch.no_grad()
 def test_logits_are_those_of_the_authors_code(opened: dict[str, PretrainedDenoiser], model: str) -> None:
     entry, denoiser = published.AUTHORS[model], opened[model]
-    found, want = denoiser(torch.tensor(entry["ids"])), torch.tensor(entry["logits"])
+    ids = torch.tensor(entry["ids"])
+    t = -torch.expm1(-torch.tensor(entry["sigma"])) / (1 - 1e-3) if model == "sedd" else None
+    found, want = denoiser(ids, t=t), torch.tensor(entry["logits"])
     kept = producible(found)
+    if model == "sedd":  # its scores of the token that is there are set to 0
+        kept &= torch.nn.functional.one_hot(ids, 65) == 0
     assert kept.float().mean() > 0.8 and want.std() > 0.5
     torch.testing.assert_close(found[kept], want[kept], atol=1e-5, rtol=0)
 
@@ -149,10 +160,11 @@ def test_padded_batch_equals_single_calls(opened: dict[str, PretrainedDenoiser],
         tokens = torch.randint(3, 60, (length,), generator=stream)
         ids[row, start : start + length], valid[row, start : start + length] = tokens, True
         rows.append(tokens)
-    batched = denoiser(ids, valid)
+    batched = denoiser(ids, valid, half(ids))
     for row, tokens in enumerate(rows):
-        torch.testing.assert_close(batched[row][valid[row]], denoiser(tokens[None])[0], atol=1e-5, rtol=1e-5)
-    nothing = denoiser.features(ids[:2], torch.tensor([[True], [False]]).expand(2, width))
+        single = denoiser(tokens[None], t=half(tokens[None]))[0]
+        torch.testing.assert_close(batched[row][valid[row]], single, atol=1e-5, rtol=1e-5)
+    nothing = denoiser.features(ids[:2], torch.tensor([[True], [False]]).expand(2, width), half(ids[:2]))
     assert torch.isfinite(nothing).all()
 
 
@@ -165,11 +177,11 @@ def test_every_token_reaches_every_position_and_padding_none(opened: dict[str, A
     valid = torch.ones(1, 8, dtype=torch.bool)
     if padded:
         valid[0, :2] = valid[0, 7:] = False
-    before = denoiser.features(ids, valid)[valid]
+    before = denoiser.features(ids, valid, half(ids))[valid]
     for place in range(8):
         changed = ids.clone()
         changed[0, place] = 5 + (ids[0, place] - 4) % 48
-        after = denoiser.features(changed, valid)[valid]
+        after = denoiser.features(changed, valid, half(ids))[valid]
         if valid[0, place]:
             moved = (after - before).abs().amax(-1)
             block = (place - 2 * padded) // 4  # of 4 positions; attention over blocks does not look ahead
@@ -198,6 +210,8 @@ def test_ids_of_every_model(opened: dict[str, PretrainedDenoiser]) -> None:
         assert spec.forbidden_ids == tuple(sorted([0, 60, *nameless])), model  # 2 pads, but also ends: it may come
         assert (spec.vocab_size, spec.context_length, spec.feature_dim) == (64, 64, 32)
     assert [opened[model].spec.logit_shift for model in ("llada", "dream")] == [0, 1]
+    sedd = opened["sedd"].spec
+    assert (sedd.mask_id, sedd.prediction, sedd.noise, sedd.feature_dim) == (64, "log_score", LogLinear(), 33)
     assert opened["mdlm"].spec.mask_id == 64 and 64 in opened["mdlm"].spec.forbidden_ids
     for model in ("bert", "modernbert"):
         spec = opened[model].spec
@@ -208,7 +222,7 @@ def test_ids_of_every_model(opened: dict[str, PretrainedDenoiser]) -> None:
 
 def test_forbidden_ids_have_no_probability(opened: dict[str, PretrainedDenoiser]) -> None:
     for denoiser in opened.values():
-        logits = denoiser(torch.tensor([[5, denoiser.spec.mask_id, 7]]))
+        logits = denoiser(torch.tensor([[5, denoiser.spec.mask_id, 7]]), t=torch.tensor([0.5]))
         forbidden = torch.zeros(denoiser.spec.vocab_size, dtype=torch.bool)
         forbidden[list(denoiser.spec.forbidden_ids)] = True
         assert torch.equal(torch.isneginf(logits), forbidden.expand_as(logits))
@@ -224,7 +238,9 @@ def test_hostile_prompts_hold_no_control_token(folders: dict[str, Path], chat: b
         ids = denoiser.encode_prompt(text)
         assert [i for i in ids if i in controls] == [i for i in frame if i in controls]
         assert text.strip() in denoiser.tokenizer.decode(ids)
-    assert not controls & set(load_denoiser(folders["bert"]).tokenizer.encode("[MASK] [SEP] [CLS] [PAD]")) - {3}
+    words = load_denoiser(folders["bert"]).tokenizer
+    assert not {0, 1, 2, 4} & set(words.encode("[MASK] [SEP] [CLS] [PAD]"))
+    assert words.encode("a 1 b") == [words.id("a"), words.unknown, words.id("b")] and words.unknown == 3
 
 
 def test_the_chat_template_is_the_ecosystems(folders: dict[str, Path]) -> None:
@@ -234,6 +250,38 @@ def test_the_chat_template_is_the_ecosystems(folders: dict[str, Path]) -> None:
         want = text.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         assert denoiser.encode_prompt(content) == want["input_ids"]
     assert denoiser.encode_prompt("a")[:2] == [0, 3] and denoiser.encode_prompt("a")[-1] != 1
+
+
+def test_a_tokenizer_of_vocabulary_and_merges_is_read_without_its_code(copy: Any) -> None:
+    """Dream's folder: no tokenizer.json, a class of its own, control tokens in tokenizer_config.json."""
+    folder = copy("dream")
+    (folder / "tokenizer.json").unlink()
+    known = published.tokenizer().get_vocab()
+    controls = {token: index for token, index in known.items() if token.startswith("<|")}
+    letters = {token: index for token, index in known.items() if token not in controls}
+    plain = {f"filler{index}": index for index in range(5)} | letters  # ids are places in the file
+    (folder / "vocab.json").write_text(json.dumps(plain))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "tokenization_dream.py").write_text("raise SystemExit('executed')\n")
+    added = {str(53 + place): {"content": token, "special": True} for place, token in enumerate(controls)}
+    described = {
+        "tokenizer_class": "DreamTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
+        "added_tokens_decoder": added, "eos_token": published.END, "pad_token": published.END,
+        "mask_token": published.MASK, "chat_template": published.CHAT,
+    }  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(described))
+    number = {token["content"]: int(index) for index, token in added.items()}
+    change(mask_token_id=number[published.MASK], eos_token_id=number[published.END])(folder)
+    change(pad_token_id=number[published.END])(folder)
+    denoiser = load_denoiser(folder, chat=True)
+    assert denoiser.spec.mask_id == number[published.MASK]
+    assert denoiser.spec.end_ids == (number[published.END], number[published.TURN])
+    ids = denoiser.encode_prompt("a <|mdm_mask|>")
+    assert ids[:2] == [number[published.START], number[published.HEADER]] and denoiser.spec.mask_id not in ids
+    assert "a <|mdm_mask|>" in denoiser.tokenizer.decode(ids)
+    denoiser.save_pretrained(folder.parent / "saved")
+    assert {path.name for path in (folder.parent / "saved").iterdir()} == {path.name for path in folder.iterdir()}
+    assert load_denoiser(folder.parent / "saved", chat=True).encode_prompt("a") == denoiser.encode_prompt("a")
 
 
 # ---- files
@@ -259,7 +307,7 @@ def test_a_saved_folder_has_the_format_that_it_came_in(folders: dict[str, Path],
                 before[name].read_bytes() == after[name].read_bytes()
             )
     ids = torch.tensor([[5, denoiser.spec.mask_id, 7]])
-    assert torch.equal(load_denoiser(tmp_path / "saved")(ids), denoiser(ids))
+    assert torch.equal(load_denoiser(tmp_path / "saved")(ids, t=half(ids)), denoiser(ids, t=half(ids)))
 
 
 def test_a_saved_bert_opens_in_the_library(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -389,6 +437,22 @@ def test_another_number_of_experts_is_refused(copy: Any) -> None:
         load_denoiser(folder)
 
 
+def test_score_networks_of_other_processes_are_refused(copy: Any) -> None:
+    folder = copy("sedd")
+    config = json.loads((folder / "config.json").read_text())
+    change(noise=config["noise"] | {"type": "geometric", "sigma_max": 9.0})(folder)
+    assert load_denoiser(folder).spec.noise == Geometric(low=1e-4, high=9.0)
+    change(noise={"type": "cosine"})(folder)
+    with pytest.raises(UserError, match=r"noise\.type: 'cosine' is not known \(allowed: geometric, loglinear\)"):
+        load_denoiser(folder)
+    change(graph={"type": "uniform"})(folder)
+    with pytest.raises(UserError, match=r"graph\.type: 'uniform' is not supported \(allowed: 'absorb'\)"):
+        load_denoiser(folder)
+    change(graph={"type": "absorb"}, model={}, noise=config["noise"])(folder)
+    with pytest.raises(UserError, match=r"model\.scale_by_sigma: None is not supported"):
+        load_denoiser(folder)
+
+
 def test_options_that_do_not_fit_are_refused(copy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="chat is an option of published models only"):
         load_denoiser("countdown-base", chat=True)
@@ -414,7 +478,7 @@ def test_a_canvas_longer_than_the_context_is_refused(opened: dict[str, Pretraine
 def gradient(denoiser: PretrainedDenoiser) -> dict[str, Tensor]:
     denoiser.train()
     denoiser.zero_grad()
-    logits = denoiser(torch.tensor([[5, denoiser.spec.mask_id, 7, 9]]))
+    logits = denoiser(torch.tensor([[5, denoiser.spec.mask_id, 7, 9]]), t=torch.tensor([0.5]))
     logits.logsumexp(-1).sum().backward()
     return {name: p.grad.clone() for name, p in denoiser.named_parameters() if p.grad is not None}
 
@@ -437,7 +501,7 @@ def test_checkpointed_gradients_are_the_same_and_dropout_is_off(
     assert len(calls) == (3 if model == "modernbert" else 2)
     assert want.keys() == found.keys() and all(torch.equal(want[name], found[name]) for name in want)
     ids = torch.tensor([[5, plain.spec.mask_id, 7, 9]])
-    assert torch.equal(plain.train()(ids), plain.eval()(ids))
+    assert torch.equal(plain.train()(ids, t=half(ids)), plain.eval()(ids, t=half(ids)))
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -446,23 +510,24 @@ def test_adapters_off_is_the_base_and_merged_is_an_ordinary_folder(
 ) -> None:
     denoiser = load_denoiser(folders[model])
     ids = torch.tensor([[5, denoiser.spec.mask_id, 7, 9]])
-    base = denoiser(ids)
+    base = denoiser(ids, t=half(ids))
     adapter = Adapter(denoiser, LoraSettings(rank=2, alpha=4))
     trained = {name for name, p in denoiser.named_parameters() if p.requires_grad}
     assert trained and not any(layer in name for name in trained for layer in (*denoiser.output_layers, "embed"))
-    assert torch.equal(denoiser(ids), base)
+    assert torch.equal(denoiser(ids, t=half(ids)), base)
     with torch.no_grad():
         for name in trained:
             denoiser.get_parameter(name).add_(0.1)
-    moved = denoiser(ids)
+    moved = denoiser(ids, t=half(ids))
     with adapter.off():
-        assert torch.equal(denoiser(ids), base)
+        assert torch.equal(denoiser(ids, t=half(ids)), base)
     assert not torch.equal(moved, base)
     adapter.save(tmp_path / "adapter")
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert len(saved) == len(trained) and all("lora_" in name for name in saved)
     adapter.merge().save_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(load_denoiser(tmp_path / "merged")(ids), moved, atol=1e-5, rtol=1e-5)
+    opened = load_denoiser(tmp_path / "merged")
+    torch.testing.assert_close(opened(ids, t=half(ids)), moved, atol=1e-5, rtol=1e-5)
 
 
 # ---- commands
@@ -475,6 +540,12 @@ class Early(tiny.Echo, name="tiny_early"):
     def check(self, problem: Problem, completion: str) -> Verdict:
         score = sum(letter in "abcdefghijklm" for letter in completion) / tiny.RESPONSE
         return Verdict(correct=score > 0.5, score=score, metrics={})
+
+
+def test_decode_draws_from_a_score_network(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--rule", "reverse", "--length", "4", "--steps", "8", "--temperature", "1", "--json"]
+    assert main(["decode", str(folders["sedd"]), "--prompt", "a", *options]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == 8
 
 
 def test_decode_reads_a_published_folder(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -508,8 +579,34 @@ def test_a_published_folder_learns_by_mdpo_and_is_saved_in_its_format(
     assert not torch.equal(before(IDS), after(IDS))
 
 
-def test_the_command_line_trains_a_published_folder(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one_with_tied_weights(folders: dict[str, Path], tmp_path: Path) -> None:
+    def recipe(updates: int) -> Any:
+        evaluation = PolicyEval(every=9, problems=2, decoders={})
+        config = {"task": Early(), "reward": "score", "kl": Kl(beta=0.1)}
+        model = BaseModel(path=str(folders["qwen3"]))
+        return tiny.recipe(tmp_path, "mdpo", updates, policy=config, eval=evaluation, model=model)
+
+    assert train(recipe(4), tmp_path / "whole")
+    assert train(recipe(2), tmp_path / "split")
+    assert train(recipe(4), tmp_path / "split", resume=True)
+    assert tiny.same(tiny.newest(tmp_path / "whole"), tiny.newest(tmp_path / "split")) == []
+    models = (tmp_path / "whole" / "model", tmp_path / "split" / "model", folders["qwen3"])
+    whole, split, base = (load_file(folder / "model-00001-of-00002.safetensors") for folder in models)
+    assert tiny.same(whole, split) == [] and tiny.same(whole, base) != []
+
+
+def test_the_command_line_trains_a_published_folder(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     small = ["updates=1", "policy.rollout.prompts=1", "policy.rollout.group_size=2", "eval.problems=1"]
-    model = f"model.path={folders['dream']}"
-    assert main(["train", "mdpo", model, *small, "--run", str(tmp_path / "run"), "--quiet"]) == 0
-    assert load_denoiser(tmp_path / "run").spec.logit_shift == 1
+    model = [f"model.path={folders['dream']}", "model.chat=true", "policy.rollout.response_length=4"]
+    small += ["policy.rollout.sampler.steps=2", "policy.filter=null", "eval.decoders={lcr: {steps: 2}}"]
+    run = str(tmp_path / "run")
+    asked: list[bool] = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(DreamDenoiser, "encode_prompt", lambda self, text: asked.append(bool(self.frame.after)) or [5])
+        assert main(["train", "mdpo", *model, *small, "--run", run, "--quiet"]) == 0
+        assert main(["eval", run, "--task", "countdown", "--problems", "1", "--steps", "2", "--json"]) == 0
+        assert main(["eval", run, "--no-chat", "--task", "countdown", "--problems", "1", "--steps", "2"]) == 0
+    assert asked[:-2] == [True] * (len(asked) - 2) and not any(asked[-2:])  # as trained, unless told otherwise
+    assert load_denoiser(run).spec.logit_shift == 1

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unveil.cli.models import add_model_options
 from unveil.cli.output import console
 from unveil.registry import UserError
 
@@ -29,10 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "words", nargs="*", metavar="MODEL [key=value ...]",
         help="model folder, run folder, embedded model, or owner/name on the hub; changes of a recipe",
     )  # fmt: skip
-    parser.add_argument("--chat", action="store_true", help="wrap prompts into the chat template of a published model")
-    parser.add_argument(
-        "--dtype", choices=["fp32", "bf16"], default="fp32", help="weights of a published model (default: fp32)"
-    )
+    add_model_options(parser)
     parser.add_argument(
         "--recipe", metavar="NAME", help="sampler, length and model of a system that needs no training, or a path"
     )
@@ -219,9 +217,7 @@ def _plain_lines(text: str, source: str) -> list[str]:
 
 def _warn_unknown(denoiser: MaskedDenoiser, ids: list[int], text: str, what: str) -> None:
     """Report words that the model does not know, for it cannot read them."""
-    from unveil.denoisers.tokenizer import UNKNOWN
-
-    unknown = denoiser.tokenizer.backend.token_to_id(UNKNOWN)
+    unknown = denoiser.tokenizer.unknown
     if unknown is not None and (count := ids.count(unknown)):
         print(
             f"unveil: warning: {what} has {count} word(s) that the model does not know: {text!r}",

@@ -27,6 +27,7 @@ PUBLISHED = {
     "bert": "bert:BertDenoiser",
     "modernbert": "bert:BertDenoiser",
     "mdlm": "mdlm:MdlmDenoiser",
+    "sedd": "sedd:SeddDenoiser",
 }
 """Adapter of each model_type in a published config.json."""
 
@@ -75,7 +76,10 @@ def load_denoiser(
         UserError: there is no such model, its files are broken, its type is not known, or an option does not fit it.
     """
     folder = model_folder(name_or_path)
-    model_type = read_config(folder).get("model_type")
+    config = read_config(folder)
+    model_type = config.get("model_type")
+    if model_type is None and {"graph", "noise", "tokens"} <= config.keys():
+        model_type = "sedd"  # whose published configuration names no type
     denoiser: MaskedDenoiser
     if model_type in KINDS:
         for option, given in (("dtype", dtype != "fp32"), ("chat", chat)):

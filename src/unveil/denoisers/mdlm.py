@@ -20,12 +20,11 @@ from torch.utils.checkpoint import checkpoint
 from unveil.denoisers.base import DenoiserSpec
 from unveil.denoisers.hub import download
 from unveil.denoisers.pretrained import PretrainedDenoiser
+from unveil.processes.score_entropy import LogLinear, Noise
 from unveil.registry import UserError
 
 TOKENIZER = "openai-community/gpt2"
 """The published folder holds no tokenizer: the model was trained on this one's ids and one more, the mask."""
-_EPS = 1e-3
-"""The log-linear schedule keeps this share of the tokens at t = 1."""
 _FREQUENCIES = 256
 
 
@@ -35,9 +34,11 @@ class MdlmDenoiser(PretrainedDenoiser):
     network: MdlmNetwork
     tokenizer_class = "GPT2Tokenizer"
     output_layers = ("linear",)
+    noise: Noise = LogLinear()
 
     @classmethod
     def build(cls, config: dict[str, Any]) -> nn.Module:
+        config = cls.shape(config)
         needed = ("vocab_size", "model_length", "hidden_dim", "cond_dim", "n_blocks", "n_heads")
         if lacking := [key for key in needed if type(config.get(key)) is not int or config[key] < 1]:
             raise UserError(f"{lacking[0]}: should be a positive integer, got {config.get(lacking[0])!r}")
@@ -45,6 +46,11 @@ class MdlmDenoiser(PretrainedDenoiser):
             heads, dim = config["n_heads"], config["hidden_dim"]
             raise UserError(f"n_heads: {heads} must divide hidden_dim={dim} into even head sizes")
         return MdlmNetwork(config)
+
+    @classmethod
+    def shape(cls, config: dict[str, Any]) -> dict[str, Any]:
+        """The keys of a config.json that say how the network is built."""
+        return config
 
     def rename(self, name: str) -> str | None:
         name = re.sub(r"^backbone\.", "", name)
@@ -67,14 +73,14 @@ class MdlmDenoiser(PretrainedDenoiser):
         elif t is None:
             raise UserError("the network is conditioned on time, which this sampler or likelihood does not give")
         else:
-            sigma = -torch.log1p(-(1 - _EPS) * t.float())
+            sigma = self.noise.sigma(t).float()
         return self.network(ids, sigma, attendable, position)
 
     def logits(self, features: Tensor) -> Tensor:
         return self.network.output_layer.linear(features)
 
     def sizes(self) -> dict[str, int]:
-        config = self.published.config
+        config = self.shape(self.published.config)
         return {
             "vocab_size": config["vocab_size"],
             "context_length": config["model_length"],
@@ -82,7 +88,7 @@ class MdlmDenoiser(PretrainedDenoiser):
         }
 
     def default_mask(self) -> int:
-        return self.published.config["vocab_size"] - 1
+        return self.sizes()["vocab_size"] - 1
 
     def checkpoint_gradients(self) -> None:
         self.network.checkpointing = True

@@ -180,7 +180,13 @@ class PretrainedDenoiser(MaskedDenoiser):
         self.names = {name: self.parts(name) for name in published.shapes}
         self.frame = _Frame(text, chat, published.folder)
         self.spec = self._make_spec(text)
-        self.tokenizer = TextTokenizer(text.backend_tokenizer, controls={*self.spec.end_ids, *self.spec.forbidden_ids})
+        spec = self.spec
+        controls = {spec.mask_id, spec.pad_id, *spec.end_ids}
+        self.tokenizer = TextTokenizer(
+            text.backend_tokenizer,
+            controls={*controls, *spec.forbidden_ids},
+            unknown=None if text.unk_token_id in controls else text.unk_token_id,  # GPT-2's is its end token
+        )
         bias = torch.zeros(self.spec.vocab_size)
         bias[list(self.spec.forbidden_ids)] = -torch.inf
         self.register_buffer("forbidden_bias", bias, persistent=False)
@@ -266,7 +272,7 @@ class PretrainedDenoiser(MaskedDenoiser):
         return self.hidden(ids, attendable, (valid.cumsum(1) - 1).clamp(min=0), t)
 
     def head(self, features: Tensor) -> Tensor:
-        return self.logits(features) + self.forbidden_bias
+        return self.logits(features).add_(self.forbidden_bias)  # in place: a second copy of the logits is much
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a prompt: what the tokenizer (or, if chosen, the chat template) puts around a text, and the text, in

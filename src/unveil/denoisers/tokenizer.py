@@ -15,12 +15,14 @@ MASK, PAD, END, UNKNOWN = "<mask>", "<pad>", "<end>", "<unk>"
 class TextTokenizer:
     """A thin, picklable face of one ``tokenizers.Tokenizer``."""
 
-    def __init__(self, backend: Tokenizer, controls: Iterable[int] = ()) -> None:
-        """``controls`` are ids that text must never become, beside the tokens that the file calls special."""
+    def __init__(self, backend: Tokenizer, controls: Iterable[int] = (), unknown: int | None = None) -> None:
+        """``controls`` are ids that text must never become, beside the tokens that the file calls special; ``unknown``
+        stands for words that the vocabulary lacks, <unk> if there is one by default."""
         self.backend = backend
         self.backend.encode_special_tokens = True
         added = backend.get_added_tokens_decoder()
         self._special = {index for index, token in added.items() if token.special} | set(controls)
+        self.unknown: int | None = backend.token_to_id(UNKNOWN) if unknown is None else unknown
 
     @classmethod
     def of_words(cls, words: Sequence[str]) -> TextTokenizer:
@@ -71,8 +73,7 @@ class TextTokenizer:
         ids = self.backend.encode(text, add_special_tokens=False).ids
         if not self._special.intersection(ids):
             return ids
-        unknown = self.backend.token_to_id(UNKNOWN)
-        replacement = [] if unknown is None else [unknown]
+        replacement = [] if self.unknown is None else [self.unknown]
         return [kept for index in ids for kept in (replacement if index in self._special else [index])]
 
     def decode(self, ids: Sequence[int]) -> str:
