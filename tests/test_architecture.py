@@ -112,6 +112,22 @@ def test_claims_of_systems_can_be_reproduced() -> None:
         assert callable(importlib.import_module(f"unveil.claims.{name}").reproduce)
 
 
+@pytest.mark.parametrize("name", system_names())
+def test_a_system_s_own_file_is_short(name: str) -> None:
+    """At most 150 lines of code: without docstrings, comments, imports and blank lines."""
+    text = (ROOT / "systems" / f"{name}.py").read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    said = [n for n in ast.walk(tree) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)]
+    left_out = said + [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
+    elsewhere = {line for node in left_out for line in range(node.lineno, (node.end_lineno or 0) + 1)}
+    lines = [
+        number
+        for number, line in enumerate(text.splitlines(), start=1)
+        if line.strip() and not line.lstrip().startswith("#") and number not in elsewhere
+    ]
+    assert len(lines) <= 150
+
+
 def code_strings(tree: ast.Module) -> list[str]:
     """Identifiers and string constants of the code; docstrings (any bare string) and papers' titles are left out."""
     bare = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}

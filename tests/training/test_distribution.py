@@ -7,12 +7,16 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import tiny
+from unveil.learning.advantages import GroupAdvantage
+from unveil.learning.selectors import NonZero
+from unveil.systems.igpo import Inpaint
 from unveil.training.distribution import Ranks
 from unveil.training.runs import TrainRecipe, train
 
@@ -25,12 +29,16 @@ torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
 import test_distribution
 from unveil.training.runs import train
-train(test_distribution.recipe(Path(sys.argv[2])), Path(sys.argv[2]) / "two")
+train(test_distribution.recipe(Path(sys.argv[2]), sys.argv[3]), Path(sys.argv[2]) / "two")
 """
 
 
-def recipe(folder: Path) -> TrainRecipe:
+def recipe(folder: Path, kind: str) -> TrainRecipe:
+    """``repaired``: only some ranks have groups to repair, and chains whose advantage is 0 are left out."""
     made = tiny.recipe(folder, "mdpo", UPDATES)
+    if kind == "repaired":
+        hook = Inpaint(replacements=2, free_tail=1, chunk_min=1, chunk_max=1, ratio_low=0.5, ratio_high=0.9)
+        made.policy = replace(made.policy, groups=hook, selector=NonZero(), advantage=GroupAdvantage())
     made.optim.lr, made.eval.every = 1e-4, 100
     made.policy.inner_updates = 2
     return made
@@ -56,8 +64,9 @@ def test_shares_are_a_partition(world: int) -> None:
     )
 
 
-def test_two_processes_equal_one(tmp_path: Path) -> None:
-    assert train(recipe(tmp_path), tmp_path / "one")
+@pytest.mark.parametrize("kind", ["mdpo", "repaired"])
+def test_two_processes_equal_one(tmp_path: Path, kind: str) -> None:
+    assert train(recipe(tmp_path, kind), tmp_path / "one")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -65,7 +74,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", DRIVER, str(Path(__file__).parent), str(tmp_path)],
+            [sys.executable, "-c", DRIVER, str(Path(__file__).parent), str(tmp_path), kind],
             env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": path},
         )
         for rank in range(2)

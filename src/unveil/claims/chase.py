@@ -20,7 +20,7 @@ from unveil.denoisers.transformer import Block, TransformerConfig, load_weights
 class ChaseDenoiser(MaskedDenoiser):
     """A bidirectional transformer over table entries (place + value) and response slots (token + the one before)."""
 
-    def __init__(self, *, values: int = 8, longest: int = 18, dim: int = 32, layers: int = 2) -> None:
+    def __init__(self, *, values: int = 8, longest: int = 18, dim: int = 48, layers: int = 2) -> None:
         super().__init__()
         self.tokenizer = TextTokenizer.of_words([str(value) for value in range(values)])
         ids = {token: self.tokenizer.id(token) for token in (MASK, PAD, END, UNKNOWN)}

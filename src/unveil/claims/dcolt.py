@@ -19,7 +19,7 @@ order) as in the rollouts; "greedy" takes the likeliest.
 3. Both, sampled: >= +7 points over the base, and >= tokens alone - 2 points.
 4. The paper's ablation, greedy: none < order < both in the mean over seeds, by 2 points or more each.
 5. Scored anew, the log-probabilities of rollouts equal the stored ones to 1e-4.
-6. The score-entropy form (`unveil.claims.score_form`): RL beats pre-training alone.
+6.-8. The score-entropy form: `unveil.claims.score_form`, with an experiment of its own.
 Confidence order is reported, without a demand: on a network this regular it is close to the best order.
 """
 
@@ -48,6 +48,7 @@ from unveil.claims.laboratory import (
     two_processes,
     verdict,
 )
+from unveil.claims.score_form import score_form
 from unveil.learning.likelihoods import TrajectoryLikelihood
 from unveil.samplers.actions import PlackettLuce
 from unveil.samplers.masked import MaskedSampler
@@ -82,8 +83,6 @@ def reproduce(seeds: int, quick: bool, out: Path, report: Report) -> dict[str, A
     Returns:
         name, verdict (holds | partly | fails), checks with demand and measured values per seed, cost, a Markdown table.
     """
-    from unveil.claims.score_form import score_form
-
     started = time.perf_counter()
     numbers = list(range(seeds))
     updates = UPDATES // 3 if quick else UPDATES

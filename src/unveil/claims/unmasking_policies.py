@@ -1,7 +1,7 @@
 """Claim check of unmasking policies (arXiv 2512.09106) on pointer chasing; ``unveil reproduce unmasking_policies``.
 
 Task: a table f(0..7) and a start x; response x, f(x), f(f(x)) .. 0, then end tokens up to L = 12; all of it has to be
-right. Chains have 3 to 8 words. Denoiser: 2 layers, 32 wide, trained on chains of all lengths until decoding from left
+right. Chains have 3 to 8 words. Denoiser: 2 layers, 48 wide, trained on chains of all lengths until decoding from left
 to right passes 98 %, then on random tables, whose chains are short (one in fifty is not): like an instructed model it
 is sure of an early end before it knows the chain. It stays frozen.
 
@@ -12,7 +12,7 @@ Beforehand, on the denoiser: the threshold 0.9 loses >= 5 points to left to righ
 3. alpha 0 takes >= 1.5 times the steps of alpha 3.
 4. The added reward (alpha 3) is hacked: < 2 steps and < 20 % right, on every seed; the multiplied one is not.
 5. The policy file of alpha 0.3, trained at L = 12, opened by the rule ``policy`` on canvases of 18: >= 99 % of chains
-   end without holes, and the accuracy is at most 5 points below that at 12.
+   end without holes on every seed, and it is within 2 points of the frontier of thresholds there.
 Expert steering (one threshold 0.9 in blocks of 4 per group) is reported, as are random and most certain K a step.
 
 Steps are counted per chain: each is one evaluation of the denoiser. Policies decode with ``bernoulli_argmax``. The
@@ -56,9 +56,9 @@ THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)
 A_STEP = (1, 2, 3, 4, 6)
 ALPHAS = (0.0, 0.3, 1.0, 3.0)
 HELD_OUT = 400
-LEARNING_RATE, PROMPTS, GROUP = 1e-3, 32, 8
+LEARNING_RATE, PROMPTS, GROUP = 3e-3, 32, 8
 TASK = PointerChase(shortest=3)
-EASY, GAIN, FEWER, SLACK, RATIO, LONGER_SLACK = 0.05, 0.05, 0.8, 0.02, 1.5, 0.05
+EASY, GAIN, FEWER, SLACK, RATIO = 0.05, 0.05, 0.8, 0.02, 1.5
 
 
 def reproduce(seeds: int, quick: bool, out: Path, report: Callable[[str], None]) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def reproduce(seeds: int, quick: bool, out: Path, report: Callable[[str], None])
     """
     started = time.perf_counter()
     numbers = list(range(seeds))
-    updates = 20 if quick else 80
+    updates = 20 if quick else 70
     kinds = [f"alpha {alpha:g}" for alpha in ALPHAS] + ["added 3", "experts 0.3", "blocks 0.3"]
     with two_processes(report) as every:
         every(_network, [(out, seed) for seed in numbers])
@@ -89,7 +89,7 @@ def reproduce(seeds: int, quick: bool, out: Path, report: Callable[[str], None])
         _block_check(by_kind["blocks 0.3"], rules),
         _alpha_check(by_kind),
         _added_check(by_kind),
-        _longer_check(by_kind["alpha 0.3"]),
+        _longer_check(by_kind["alpha 0.3"], rules),
     ]
     return {
         "name": "unmasking_policies",
@@ -135,13 +135,14 @@ def _rules(out: Path, seed: int) -> Measured:
     """All decoding rules without training on the denoiser of a seed."""
     denoiser = _denoiser(out, seed)
 
-    def decode(rule: Rule, block: int, steps: int = LENGTH) -> Measured:
-        return _decode(denoiser, MaskedSampler(steps=steps, block_length=block, rule=rule))
+    def decode(rule: Rule, block: int, steps: int = LENGTH, length: int = LENGTH) -> Measured:
+        return _decode(denoiser, MaskedSampler(steps=steps, block_length=block, rule=rule), length)
 
     cells = {"left to right": decode(LowConfidence(), 1)}
-    for block in (LENGTH, BLOCK):
+    for block, length in ((LENGTH, LENGTH), (BLOCK, LENGTH), (LONGER, LONGER)):
         for threshold in THRESHOLDS:
-            cells[f"threshold {threshold:g}, block {block}"] = decode(Threshold(threshold=threshold), block)
+            rule = Threshold(threshold=threshold)
+            cells[f"threshold {threshold:g}, block {block}"] = decode(rule, block, length, length)
     for count in A_STEP:
         cells[f"most certain {count}"] = decode(LowConfidence(), LENGTH, LENGTH // count)
         cells[f"random {count}"] = decode(Random(), LENGTH, LENGTH // count)
@@ -238,9 +239,8 @@ def _full_check(by_kind: dict[str, list[Measured]], rules: Sequence[Measured]) -
 
 
 def _block_check(results: Sequence[Measured], rules: Sequence[Measured]) -> Measured:
-    points = [_cell(rules, f"threshold {threshold:g}, block {BLOCK}") for threshold in THRESHOLDS]
     accuracy, steps = mean(results, "accuracy"), mean(results, "steps")
-    reached = frontier(points, steps)
+    reached = _threshold_frontier(rules, BLOCK, steps)
     return {
         "name": f"2 blocks of {BLOCK}: the frontier of thresholds",
         "demand": f"accuracy within {100 * SLACK:g} points of it at the same steps",
@@ -248,6 +248,10 @@ def _block_check(results: Sequence[Measured], rules: Sequence[Measured]) -> Meas
         "holds": accuracy >= reached - SLACK,
         "per_seed": [{key: result[key] for key in ("accuracy", "steps")} for result in results],
     }
+
+
+def _threshold_frontier(rules: Sequence[Measured], block: int, steps: float) -> float:
+    return frontier([_cell(rules, f"threshold {threshold:g}, block {block}") for threshold in THRESHOLDS], steps)
 
 
 def frontier(points: Sequence[Measured], steps: float) -> float:
@@ -290,15 +294,15 @@ def _added_check(by_kind: dict[str, list[Measured]]) -> Measured:
     }
 
 
-def _longer_check(results: Sequence[Measured]) -> Measured:
+def _longer_check(results: Sequence[Measured], rules: Sequence[Measured]) -> Measured:
     longer = [result["longer"] for result in results]
-    lost = mean(results, "accuracy") - mean(longer, "accuracy")
     unfinished = max(result["unfinished"] for result in longer)
+    reached = _threshold_frontier(rules, LONGER, mean(longer, "steps"))
     return {
         "name": f"5 the policy of {LENGTH} positions on {LONGER}",
-        "demand": f"<= 1 % of chains with holes on every seed, accuracy at most {100 * LONGER_SLACK:g} points lower",
-        "measured": f"{_mean_point(results)} -> {_mean_point(longer)}; holes in {100 * unfinished:.1f} %",
-        "holds": unfinished <= 0.01 and lost <= LONGER_SLACK,
+        "demand": f"<= 1 % of chains with holes on every seed; accuracy within {100 * SLACK:g} points of the frontier",
+        "measured": f"{_mean_point(longer)}, holes in {100 * unfinished:.1f} %; frontier there {100 * reached:.1f} %",
+        "holds": unfinished <= 0.01 and mean(longer, "accuracy") >= reached - SLACK,
         "per_seed": longer,
     }
 

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unveil.cli.models import add_model_options
 from unveil.cli.output import console
 from unveil.registry import UserError
 
@@ -27,8 +28,9 @@ _LONGEST = 64
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "words", nargs="*", metavar="MODEL [key=value ...]",
-        help="model folder, run folder, or name of an embedded model; changes of a recipe",
+        help="model folder, run folder, embedded model, or owner/name on the hub; changes of a recipe",
     )  # fmt: skip
+    add_model_options(parser)
     parser.add_argument(
         "--recipe", metavar="NAME", help="sampler, length and model of a system that needs no training, or a path"
     )
@@ -96,8 +98,11 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         _check_target(Path(args.trajectory))
     recipe = _recipe(args)
     prompts = _prompts(args, recipe)
-    denoiser = open_model(args.model)
-    tokens = [_encode(denoiser, prompt, f"prompt {row}") for row, prompt in enumerate(prompts)]
+    denoiser = open_model(args.model, dtype=args.dtype, chat=args.chat)
+    tokens = []
+    for row, prompt in enumerate(prompts):
+        tokens.append(denoiser.encode_prompt(prompt))
+        _warn_unknown(denoiser, tokens[-1], prompt, f"prompt {row}")
     template = None if args.infill is None else _template(denoiser, args.infill)
     length = len(template) if template else _length(args, recipe, denoiser, max(map(len, tokens)))
     sampler = _sampler(args, recipe, length)
@@ -210,18 +215,14 @@ def _plain_lines(text: str, source: str) -> list[str]:
     return lines
 
 
-def _encode(denoiser: MaskedDenoiser, text: str, what: str) -> list[int]:
-    """Ids of the text; words that the model does not know are reported, for it cannot read them."""
-    from unveil.denoisers.tokenizer import UNKNOWN
-
-    ids = denoiser.tokenizer.encode(text)
-    unknown = denoiser.tokenizer.backend.token_to_id(UNKNOWN)
+def _warn_unknown(denoiser: MaskedDenoiser, ids: list[int], text: str, what: str) -> None:
+    """Report words that the model does not know, for it cannot read them."""
+    unknown = denoiser.tokenizer.unknown
     if unknown is not None and (count := ids.count(unknown)):
         print(
             f"unveil: warning: {what} has {count} word(s) that the model does not know: {text!r}",
             file=sys.stderr,
         )
-    return ids
 
 
 def _template(denoiser: MaskedDenoiser, text: str) -> list[int]:
@@ -231,7 +232,8 @@ def _template(denoiser: MaskedDenoiser, text: str) -> list[int]:
     ids: list[int] = []
     for place, part in enumerate(text.split(_MASK)):
         ids += [denoiser.spec.mask_id] if place else []
-        ids += _encode(denoiser, part, "--infill") if part.strip() else []
+        ids += denoiser.tokenizer.encode(part) if part.strip() else []
+    _warn_unknown(denoiser, ids, text, "--infill")
     return ids
 
 

@@ -110,7 +110,7 @@ def _model_tokens(args: argparse.Namespace) -> Tensor:
     if args.length is not None and args.length < 1:
         raise UserError(f"--length: should be at least 1, got {args.length}")
     denoiser = open_model(args.model)
-    prompt = denoiser.tokenizer.encode(args.prompt or "")
+    prompt = denoiser.encode_prompt(args.prompt or "")
     length = args.length or trained_length(args.model) or max(1, denoiser.spec.context_length - len(prompt))
     canvas = Canvas.of([prompt], length, denoiser.spec).to(denoiser.device)
     if denoiser.spec.time_conditioned:

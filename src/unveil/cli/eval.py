@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from unveil.cli.models import add_model_options
 from unveil.cli.output import console, interval, table
 from unveil.registry import UserError
 
@@ -29,7 +30,10 @@ SUMMARY = "measure a model on a task's held-out problems, over lengths x steps x
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="model folder, run folder, or name of an embedded model")
+    parser.add_argument(
+        "model", metavar="MODEL", help="model folder, run folder, embedded model, or owner/name on the hub"
+    )
+    add_model_options(parser)
     parser.add_argument("words", nargs="*", metavar="task.key=value", help="settings of the task")
     parser.add_argument("--task", required=True, metavar="NAME", help="task: countdown, sudoku ...")
     parser.add_argument(
@@ -98,7 +102,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         raise UserError(f"--problems: should be at least 1, got {args.problems}")
     if args.out is not None and (Path(args.out).exists() or not Path(args.out).absolute().parent.is_dir()):
         raise UserError(f"--out: {args.out!r} should be a new file in a folder that exists")
-    denoiser = open_model(args.model)
+    denoiser = open_model(args.model, dtype=args.dtype, chat=args.chat)
     trained = None if args.lengths else trained_length(args.model)
     if not args.lengths and trained is None:
         raise UserError("--lengths: required, for the model comes without a recipe that tells its response length")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unveil.denoisers.base import MaskedDenoiser
@@ -22,8 +23,21 @@ def set_threads() -> None:
         torch.set_num_threads(1)
 
 
-def open_model(name: str) -> MaskedDenoiser:
-    """The denoiser of a model folder, run folder or embedded model, on the GPU where there is one.
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The options of a published model."""
+    parser.add_argument(
+        "--chat", action=argparse.BooleanOptionalAction,
+        help="wrap prompts into a published model's chat template (default: as trained, else no)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype", choices=["fp32", "bf16"], default="fp32", help="weights of a published model (default: fp32)"
+    )
+
+
+def open_model(name: str, *, dtype: Any = "fp32", chat: bool | None = None) -> MaskedDenoiser:
+    """The denoiser of a model folder, run folder, embedded or published model, on the GPU where there is one.
+
+    ``chat`` None: as the model was trained, where its folder or its run holds a recipe.
 
     Raises:
         UserError: there is no such model.
@@ -33,11 +47,20 @@ def open_model(name: str) -> MaskedDenoiser:
     from unveil.denoisers.load import load_denoiser
 
     set_threads()
-    return load_denoiser(name).to("cuda" if torch.cuda.is_available() else "cpu")
+    if chat is None:
+        chat = bool(_trained(name).get("model", {}).get("chat"))
+    return load_denoiser(name, dtype=dtype, chat=chat).to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def trained_length(name: str) -> int | None:
     """The response length that a model was trained with, where its folder or its run holds a recipe."""
+    recipe = _trained(name)
+    part = recipe["policy"]["rollout"] if "policy" in recipe else recipe.get("data", {})
+    return part.get("response_length")
+
+
+def _trained(name: str) -> dict[str, Any]:
+    """The recipe beside a model, or of its run; empty where there is none."""
     from unveil.denoisers.load import model_folder
     from unveil.recipe import load
 
@@ -47,10 +70,8 @@ def trained_length(name: str) -> int | None:
         candidates += [folder.parent / "recipe.yaml", *_run_of_checkpoint(folder)]
     for path in candidates:
         if path.is_file():
-            recipe = load(path)
-            part = recipe["policy"]["rollout"] if "policy" in recipe else recipe.get("data", {})
-            return part.get("response_length")
-    return None
+            return load(path)
+    return {}
 
 
 def _run_of_checkpoint(folder: Path) -> list[Path]:

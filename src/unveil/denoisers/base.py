@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from unveil.denoisers.tokenizer import TextTokenizer
 from unveil.denoisers.unmask import FILE, UnmaskNetwork, load_unmask, read_unmask_header, save_unmask
 from unveil.processes.masked import MaskedProcess
 from unveil.processes.score_entropy import Method, Noise, ScoreEntropyProcess
+from unveil.registry import UserError
 
 _UNMASK = "unmask_module"
 
@@ -62,6 +63,8 @@ class MaskedDenoiser(nn.Module):
 
     spec: DenoiserSpec
     tokenizer: TextTokenizer
+    output_layers: ClassVar[tuple[str, ...]] = ()
+    """Names of linear layers that get no adapter by default: they share the embedding's weights, or dwarf the rest."""
     unmask_network: UnmaskNetwork | None = None
     """The shape of the learned unmasking rule that the denoiser carries, if any; see `attach`."""
     unmask_action: Mapping[str, Any] | None = None
@@ -82,6 +85,18 @@ class MaskedDenoiser(nn.Module):
     @abstractmethod
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, model.safetensors and tokenizer.json."""
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a prompt, with what the model expects around it. Nothing in the text becomes a control token."""
+        return self.tokenizer.encode(text)
+
+    def checkpoint_gradients(self) -> None:
+        """From now on trade time for memory in training: recompute activations in the backward pass.
+
+        Raises:
+            UserError: this network cannot.
+        """
+        raise UserError(f"model.gradient_checkpointing: {type(self).__name__} has none (allowed: published networks)")
 
     def forward(self, ids: Tensor, valid: Tensor | None = None, t: Tensor | None = None) -> Tensor:
         """Logits (B, L, V) at every position. For tests and small models: it holds the whole vocabulary."""

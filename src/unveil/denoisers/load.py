@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from pathlib import Path
 
+from unveil.denoisers import hub
 from unveil.denoisers.base import MaskedDenoiser
+from unveil.denoisers.pretrained import Dtype, PretrainedDenoiser
 from unveil.denoisers.score import ScoreDenoiser
 from unveil.denoisers.transformer import TransformerDenoiser, read_config
 from unveil.denoisers.unmask import FILE
@@ -13,6 +17,19 @@ from unveil.registry import UserError, did_you_mean
 KINDS = {kind.model_type: kind for kind in (TransformerDenoiser, ScoreDenoiser)}
 EMBEDDED = Path(__file__).parent.parent / "models"
 """The small base models that ship inside the package, one folder each."""
+PUBLISHED = {
+    "llada": "llada:LladaDenoiser",
+    "llada2_moe": "llada2:Llada2Denoiser",
+    "Dream": "dream:DreamDenoiser",
+    "a2d-qwen3": "decoders:DecoderDenoiser",
+    "a2d-qwen2": "decoders:DecoderDenoiser",
+    "a2d-llama": "decoders:DecoderDenoiser",
+    "bert": "bert:BertDenoiser",
+    "modernbert": "bert:BertDenoiser",
+    "mdlm": "mdlm:MdlmDenoiser",
+    "sedd": "sedd:SeddDenoiser",
+}
+"""Adapter of each model_type in a published config.json."""
 
 
 def embedded_models() -> list[str]:
@@ -21,7 +38,9 @@ def embedded_models() -> list[str]:
 
 
 def model_folder(name_or_path: str | Path) -> Path:
-    """The folder of an embedded model's name, of a model folder, or of a run (its final model).
+    """The folder of an embedded model's name, of a model folder, of a run (its final model), or of a model on the hub.
+
+    ``owner/name`` is looked up on the hub unless there is a folder ``owner``.
 
     Raises:
         UserError: there is no such model.
@@ -32,22 +51,58 @@ def model_folder(name_or_path: str | Path) -> Path:
             return candidate
     if path.is_dir():
         raise UserError(f"model {str(name_or_path)!r}: the folder holds no config.json (neither it nor its model/)")
+    if hub.NAME.fullmatch(str(name_or_path)) and not Path(str(name_or_path).split("/")[0]).exists():
+        return hub.download(str(name_or_path))
     hint = did_you_mean(str(name_or_path), embedded_models())
     raise UserError(f"model {str(name_or_path)!r}: no such folder or embedded model{hint}")
 
 
-def load_denoiser(name_or_path: str | Path) -> MaskedDenoiser:
+def load_denoiser(
+    name_or_path: str | Path,
+    *,
+    dtype: Dtype = "fp32",
+    chat: bool = False,
+    gradient_checkpointing: bool = False,
+) -> MaskedDenoiser:
     """Open a denoiser in evaluation mode, with the unmasking policy that lies beside it, if there is one.
 
+    Args:
+        name_or_path: an embedded model, a model folder, a run, or a model on the hub.
+        dtype: of the weights. The embedded models are fp32.
+        chat: wrap prompts into the model's chat template.
+        gradient_checkpointing: recompute activations in the backward pass.
+
     Raises:
-        UserError: there is no such model, its files are broken, or its type is not known.
+        UserError: there is no such model, its files are broken, its type is not known, or an option does not fit it.
     """
     folder = model_folder(name_or_path)
-    model_type = read_config(folder).get("model_type")
-    if model_type not in KINDS:
-        allowed = ", ".join(KINDS)
-        raise UserError(f"{folder / 'config.json'}: model_type {model_type!r} cannot be opened (allowed: {allowed})")
-    denoiser: MaskedDenoiser = KINDS[model_type].from_pretrained(folder)
+    config = read_config(folder)
+    model_type = config.get("model_type")
+    if model_type is None and {"graph", "noise", "tokens"} <= config.keys():
+        model_type = "sedd"  # whose published configuration names no type
+    denoiser: MaskedDenoiser
+    if model_type in KINDS:
+        for option, given in (("dtype", dtype != "fp32"), ("chat", chat)):
+            if given:
+                raise UserError(f"model {str(name_or_path)!r}: {option} is an option of published models only")
+        denoiser = KINDS[model_type].from_pretrained(folder)
+        if gradient_checkpointing:
+            denoiser.checkpoint_gradients()
+    else:
+        adapter = _adapter(model_type, folder)
+        denoiser = adapter.from_pretrained(
+            folder, dtype=dtype, chat=chat, gradient_checkpointing=gradient_checkpointing
+        )
     if (folder / FILE).is_file():
         denoiser.load_unmask(folder / FILE)
     return denoiser.eval()
+
+
+def _adapter(model_type: object, folder: Path) -> type[PretrainedDenoiser]:
+    if model_type not in PUBLISHED:
+        hint = did_you_mean(str(model_type), [*KINDS, *PUBLISHED])
+        raise UserError(f"{folder / 'config.json'}: model_type {model_type!r} cannot be opened{hint}")
+    if importlib.util.find_spec("transformers") is None:
+        raise UserError(f"{folder}: a model of type {model_type!r} needs an extra (pip install 'unveil[hf]')")
+    module, _, name = PUBLISHED[str(model_type)].partition(":")
+    return getattr(importlib.import_module(f"unveil.denoisers.{module}"), name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -15,11 +15,14 @@ MASK, PAD, END, UNKNOWN = "<mask>", "<pad>", "<end>", "<unk>"
 class TextTokenizer:
     """A thin, picklable face of one ``tokenizers.Tokenizer``."""
 
-    def __init__(self, backend: Tokenizer) -> None:
+    def __init__(self, backend: Tokenizer, controls: Iterable[int] = (), unknown: int | None = None) -> None:
+        """``controls`` are ids that text must never become, beside the tokens that the file calls special; ``unknown``
+        stands for words that the vocabulary lacks, <unk> if there is one by default."""
         self.backend = backend
         self.backend.encode_special_tokens = True
         added = backend.get_added_tokens_decoder()
-        self._special = {index for index, token in added.items() if token.special}
+        self._special = {index for index, token in added.items() if token.special} | set(controls)
+        self.unknown: int | None = backend.token_to_id(UNKNOWN) if unknown is None else unknown
 
     @classmethod
     def of_words(cls, words: Sequence[str]) -> TextTokenizer:
@@ -66,12 +69,12 @@ class TextTokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of plain text. Special tokens written inside the text never become controls: a prompt that says
         <mask> must not open a hole in the canvas. Sub-word tokenizers spell them out; a word tokenizer, which knows
-        them only as whole words, reads them as unknown."""
+        them only as whole words, reads them as unknown, or leaves them out if it has no token for that."""
         ids = self.backend.encode(text, add_special_tokens=False).ids
         if not self._special.intersection(ids):
             return ids
-        unknown = self.id(UNKNOWN)
-        return [unknown if index in self._special else index for index in ids]
+        replacement = [] if self.unknown is None else [self.unknown]
+        return [kept for index in ids for kept in (replacement if index in self._special else [index])]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids without special tokens."""

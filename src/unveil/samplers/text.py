@@ -32,4 +32,4 @@ def response_ids(denoiser: MaskedDenoiser, text: str, length: int) -> list[int]:
 
 
 def encode_prompts(denoiser: MaskedDenoiser, prompts: Sequence[str]) -> list[list[int]]:
-    return [denoiser.tokenizer.encode(prompt) for prompt in prompts]
+    return [denoiser.encode_prompt(prompt) for prompt in prompts]

@@ -99,7 +99,7 @@ class DenoisingJob:
                 rows.append(response_ids(self.denoiser, completion, self.data.response_length))
             except ValueError as error:
                 raise UserError(f"data.response_length: {error}") from error
-        prompts = [self.denoiser.tokenizer.encode(prompt) for prompt, _ in texts]
+        prompts = [self.denoiser.encode_prompt(prompt) for prompt, _ in texts]
         canvas = Canvas.of(prompts, self.data.response_length, spec, initial=rows)
         maskable = canvas.valid.clone()
         maskable[:, : canvas.prompt_width] = False
@@ -158,7 +158,7 @@ class DenoisingJob:
                 response_ids(self.denoiser, completion, self.data.response_length)
             except ValueError as error:
                 raise UserError(f"{self.data.file}:{line}: data.response_length: {error}") from error
-            if (length := len(self.denoiser.tokenizer.encode(prompt))) > room:
+            if (length := len(self.denoiser.encode_prompt(prompt))) > room:
                 raise UserError(
                     f"{self.data.file}:{line}: a prompt of {length} tokens does not fit beside a response of "
                     f"{self.data.response_length} (at most {room} tokens)"

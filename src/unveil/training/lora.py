@@ -24,7 +24,7 @@ class LoraSettings:
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapters' input. RL wants 0: a ratio compares equal networks."""
     targets: list[str] | str = "all-linear"
-    """Module names that get an adapter, or ``all-linear``."""
+    """Module names that get an adapter, or ``all-linear``: all but a published network's output layer."""
 
 
 class Adapter:
@@ -38,7 +38,8 @@ class Adapter:
         names = {
             name.rsplit(".", 1)[-1] for name, module in denoiser.named_modules() if type(module).__name__ == "Linear"
         }
-        targets = sorted(names) if settings.targets == "all-linear" else settings.targets
+        inner = sorted(names - set(denoiser.output_layers))
+        targets = inner if settings.targets == "all-linear" else settings.targets
         missing = sorted(set(targets) - names) if isinstance(targets, list) else []
         if missing:
             raise UserError(

@@ -162,7 +162,7 @@ class PolicyJob:
                 f"policy.rollout.prompts: {rollout.prompts} are fewer than the {trainer.ranks.world} processes"
             )
         self.pool: list[Problem] = []
-        self.scored = 0
+        self.rolled = self.spent = 0
 
     def update(self, update: int, optimise: Optimise) -> dict[str, Any]:
         policy = self.policy
@@ -199,9 +199,11 @@ class PolicyJob:
             batch.diagnostics = _Means()
             result: dict[str, Any] = optimise(self._losses(batch))
             metrics |= result | batch.diagnostics.means()
-        cost = self.trainer.cost
-        cost.forwards += round(self.trainer.ranks.total(self.scored))
-        self.scored = 0
+        cost, ranks = self.trainer.cost, self.trainer.ranks
+        cost.rollouts += round(ranks.total(self.rolled))
+        cost.samples = cost.rollouts
+        cost.forwards += round(ranks.total(self.spent))
+        self.rolled = self.spent = 0
         return metrics | {"rollouts": cost.rollouts, "optimizer_steps": cost.optimizer_steps}
 
     def evaluate(self, update: int) -> None:
@@ -282,10 +284,9 @@ class PolicyJob:
             seed=derive_seed(self.seed, "rollout", update, *own), needs=self._needs(), batch_size=rollout.batch_size,
             initial=initial, frozen=frozen,
         )  # fmt: skip
-        ranks, cost = self.trainer.ranks, self.trainer.cost
-        cost.rollouts += round(ranks.total(len(problems)))
-        cost.samples = cost.rollouts
-        cost.forwards += round(ranks.total(trajectory.forwards))
+        # Ranks are asked once at the end of an update: a hook may draw on some of them only.
+        self.rolled += len(problems)
+        self.spent += trajectory.forwards
         judged = judge(policy.task, problems, self.denoiser, trajectory)
         rewards = self._rewards(judged, trajectory)
         if policy.shaping is not None:
@@ -376,7 +377,7 @@ class PolicyJob:
 
     def _score(self, views: Views) -> Scores:
         scores = self.policy.likelihood.score(self.denoiser, views, self.policy.rollout.sampler.temperature)
-        self.scored += scores.forwards
+        self.spent += scores.forwards
         return scores
 
     def _losses(self, batch: _Batch) -> Iterator[Callable[[], Tensor]]:

@@ -17,6 +17,7 @@ from pydantic import Field
 from unveil import __version__
 from unveil.denoisers.base import MaskedDenoiser
 from unveil.denoisers.load import load_denoiser
+from unveil.denoisers.pretrained import Dtype
 from unveil.denoisers.score import ScoreConfig, ScoreDenoiser
 from unveil.denoisers.tokenizer import TextTokenizer
 from unveil.denoisers.transformer import TransformerConfig, TransformerDenoiser
@@ -74,7 +75,13 @@ class BaseModel:
     """The denoiser that a policy starts from."""
 
     path: str
-    """Model folder, run folder, or name of an embedded model."""
+    """Model folder, run folder, name of an embedded model, or ``owner/name`` on the Hugging Face hub."""
+    dtype: Dtype = "fp32"
+    """Of a published model's weights: fp32, or bf16 (with adapters; full training would round its updates away)."""
+    chat: bool = False
+    """Wrap prompts into a published model's chat template."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: about a third more time, a fraction of the memory."""
     lora: LoraSettings | None = None
     """Train low-rank adapters instead of all weights."""
     unmask: UnmaskNetwork | None = None
@@ -128,7 +135,10 @@ def train(recipe: TrainRecipe, run: Path, *, resume: bool = False, progress: Pro
         UserError: before any work, if something in the recipe or the run folder does not fit.
     """
     ranks = Ranks()
-    denoiser = load_denoiser(recipe.model.path).to(ranks.device)
+    model = recipe.model
+    denoiser = load_denoiser(
+        model.path, dtype=model.dtype, chat=model.chat, gradient_checkpointing=model.gradient_checkpointing
+    ).to(ranks.device)
     adapter = None
     if recipe.model.lora is not None:
         torch.manual_seed(recipe.seed)  # peft draws its initial weights from the global generator

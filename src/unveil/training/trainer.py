@@ -188,16 +188,19 @@ class Trainer:
         return self.done == self.updates
 
     def optimise(self, losses: Iterable[Loss]) -> dict[str, float]:
-        """One gradient step on the sum of the losses, each backpropagated by itself."""
+        """One gradient step on the sum of the losses, each backpropagated by itself; none if nothing has a gradient."""
         self.optimizer.zero_grad(set_to_none=True)
         self.denoiser.train()
-        total = 0.0
+        total, taught = 0.0, False
         for loss in losses:
             with self.autocast():
                 value = loss()
             if value.requires_grad:
                 value.backward()
+                taught = True
             total += value.item()
+        if not self.ranks.total(float(taught)):  # momentum alone must not move weights
+            return {"loss": total, "grad_norm": 0.0, "skipped": 0.0}
         self.ranks.sum_gradients(self.parameters)
         total = self.ranks.total(total)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.optim.max_grad_norm).item()
