@@ -62,7 +62,7 @@ class Inpaint(GroupHook, name="inpaint"):
     """Repairs all-wrong groups by samples with hints from ``Problem.solution``; all lengths in tokens."""
 
     replacements: Annotated[int, Field(ge=1)] = 4
-    """R, most members of a group that right samples replace; fewer than the group has."""
+    """R, most members of a group that right samples replace; one member always stays, or nothing could be compared."""
     ratio_low: Annotated[float, Field(ge=0, le=1)] = 0.2
     """Least share of the trace's chunks that is shown. Both shares 0: plain resampling, at the same cost."""
     ratio_high: Annotated[float, Field(ge=0, le=1)] = 0.6
@@ -91,11 +91,6 @@ class Inpaint(GroupHook, name="inpaint"):
             raise UserError(f"chunk_min: should be at most chunk_max ({self.chunk_max}), got {self.chunk_min}")
 
     def check_fits(self, sampler: Sampler, group_size: int, response_length: int) -> None:
-        if self.replacements >= group_size:
-            raise UserError(
-                f"policy.groups.replacements: should be less than rollout.group_size ({group_size}), got "
-                f"{self.replacements} (a group that is all right teaches nothing)"
-            )
         if self.free_tail >= response_length and self.ratio_high > 0:
             raise UserError(
                 f"policy.groups.free_tail: should be less than rollout.response_length ({response_length}), got "
@@ -125,7 +120,8 @@ class Inpaint(GroupHook, name="inpaint"):
         replaced, source = [], []
         for members, stream in zip(wrong, streams, strict=True):
             right = (drawn.correct & (drawn.group == rollouts.group[members[0]])).nonzero().flatten()
-            chosen = right[torch.randperm(len(right), generator=stream)[: self.replacements]]
+            most = min(self.replacements, len(members) - 1)
+            chosen = right[torch.randperm(len(right), generator=stream)[:most]]
             source.append(chosen)
             replaced.append(members[torch.randperm(len(members), generator=stream)[: len(chosen)]])
         said["all_wrong_left"] = sum(not len(chosen) for chosen in source) / len(groups)
@@ -221,8 +217,8 @@ class HintEntropy(TokenFilter, name="hint_entropy"):
 
 @dataclass(kw_only=True)
 class Igpo:
-    """The paper's choices, as keyword arguments of a `PolicyConfig`. ``likelihood`` may also be the released code's other
-    schedule, `PartialMask`, or any other, and ``groups`` goes with any other method."""
+    """The paper's choices, as keyword arguments of a `PolicyConfig`. ``likelihood`` may also be `PartialMask`, the
+    released code's other schedule, or any other, and ``groups`` goes with any other method."""
 
     groups: Inpaint = field(default_factory=Inpaint)
     advantage: GroupAdvantage = field(default_factory=lambda: GroupAdvantage(scale="none"))
