@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import tiny
+from unveil.claims.cj_grpo import Shifted
 from unveil.learning.advantages import GroupAdvantage
 from unveil.learning.likelihoods import OneStepLikelihood, TrajectoryLikelihood
 from unveil.learning.objectives import Clipped, Kl, StepMean, TokenMean, TokenSum
@@ -271,6 +272,23 @@ def test_the_paper_s_choices() -> None:
     assert (chosen.objective.clip, chosen.objective.level) == (0.5, "token")
     assert (chosen.kl.beta, chosen.kl.estimator, chosen.advantage.scale) == (0.04, "k3", "std")
     assert isinstance(chosen.weighting, StepMean) and lookup(Transform, "eoser") is Eoser
+
+
+def test_the_claim_s_task_of_one_choice() -> None:
+    task = Shifted(length=4)
+    for problem in task.problems("train", 30, 0):
+        digits = [int(word) for word in problem.prompt.split()]
+        for key in range(3):
+            right = [str((digit + key) % 3) for digit in digits]
+            assert task.check(problem, " ".join(right)).correct
+            assert not task.check(problem, " ".join(right[:3])).correct
+            assert not task.check(problem, " ".join([*right, "0"])).correct
+            right[2] = str((int(right[2]) + 1) % 3)
+            assert not task.check(problem, " ".join(right)).correct
+        assert task.check(problem, problem.solution or "").correct
+    assert not task.check(problem, "").correct and not task.check(problem, "x y z x").correct
+    keys = {(int(p.solution.split()[0]) - int(p.prompt[0])) % 3 for p in task.problems("train", 30, 0)}  # type: ignore
+    assert keys == {0, 1, 2}
 
 
 # EOSER

@@ -16,7 +16,8 @@ Beforehand, on the denoiser: the threshold 0.9 loses >= 5 points to left to righ
 Expert steering (one threshold 0.9 in blocks of 4 per group) is reported, as are random and most certain K a step.
 
 Steps are counted per chain: each is one evaluation of the denoiser. Policies decode with ``bernoulli_argmax``. The
-learning rate was chosen on seed 1000 (3e-4, 1e-3, 3e-3); the baselines have none.
+learning rate was chosen of 3e-4, 1e-3 and 3e-3 by the accuracy at alpha 0.3 on seed 1000, with a denoiser of width 32;
+the baselines have none.
 """
 
 from __future__ import annotations

@@ -56,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="decoding rule, or reverse: the reverse process on a grid of times (default: lcr)",
     )  # fmt: skip
     parser.add_argument("--schedule", metavar="NAME[:field=value,...]", help="tokens per step (default: even)")
+    parser.add_argument("--transform", metavar="NAME[:field=value,...]", help="of scores before the rule: eoser")
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (default: one per position)")
     parser.add_argument("--block", type=int, metavar="N", help="block length (default: full diffusion)")
     parser.add_argument("--solver", metavar="NAME[:field=value,...]", help="outputs that tokens use (default: first)")
@@ -76,8 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 OPTIONS = {
     "steps": "--steps", "block_length": "--block", "rule": "--rule", "schedule": "--schedule", "solver": "--solver",
-    "temperature": "--temperature", "top_p": "--top-p", "top_k": "--top-k", "rank_by": "--rank-by",
-    "stop_at_end": "--stop-at-end",
+    "transform": "--transform", "temperature": "--temperature", "top_p": "--top-p", "top_k": "--top-k",
+    "rank_by": "--rank-by", "stop_at_end": "--stop-at-end",
 }  # fmt: skip
 
 
@@ -253,6 +254,7 @@ def _sampler(args: argparse.Namespace, recipe: DecodeRecipe | None, length: int)
     from unveil.cli.decoders import plugin, rule, sampler
     from unveil.samplers.schedules import Schedule
     from unveil.samplers.solvers import Solver
+    from unveil.samplers.transforms import Transform
 
     if recipe is not None:
         recipe.sampler.check_fits(length)
@@ -262,6 +264,7 @@ def _sampler(args: argparse.Namespace, recipe: DecodeRecipe | None, length: int)
         "block_length": args.block,
         "rule": rule(args.rule or "lcr", "--rule"),
         "schedule": None if args.schedule is None else plugin(args.schedule, "--schedule", Schedule),
+        "transform": None if args.transform is None else plugin(args.transform, "--transform", Transform),
         "solver": None if args.solver is None else plugin(args.solver, "--solver", Solver),
         "temperature": args.temperature,
         "top_p": args.top_p,

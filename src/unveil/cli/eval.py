@@ -50,6 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RULE;...",
         help="rules NAME[:field=value,...], or reverse; may be repeated (default: lcr)",
     )
+    parser.add_argument("--schedule", metavar="NAME[:field=value,...]", help="tokens per step (default: even)")
+    parser.add_argument("--transform", metavar="NAME[:field=value,...]", help="of scores before the rule: eoser")
     parser.add_argument("--temperature", type=_list_of(float), default=[0.0], metavar="T,...", help="default: 0")
     parser.add_argument("--problems", type=int, default=512, metavar="N", help="how many (default: 512)")
     parser.add_argument("--split", choices=("test", "train"), default="test", help="which problems (default: test)")
@@ -155,21 +157,29 @@ def _grid(args: argparse.Namespace, lengths: Sequence[int]) -> list[Cell]:
     Raises:
         UserError: some do not fit; all of them are named.
     """
+    from unveil.cli.decoders import plugin, sampler
     from unveil.cli.decoders import rule as named
-    from unveil.cli.decoders import sampler
+    from unveil.samplers.schedules import Schedule
+    from unveil.samplers.transforms import Transform
 
     options = {
         "steps": "--steps",
         "block_length": "--blocks",
         "rule": "--rules",
+        "schedule": "--schedule",
+        "transform": "--transform",
         "temperature": "--temperature",
+    }
+    shared = {
+        "schedule": None if args.schedule is None else plugin(args.schedule, "--schedule", Schedule),
+        "transform": None if args.transform is None else plugin(args.transform, "--transform", Transform),
     }
     rules = [rule.strip() for group in args.rules or ["lcr"] for rule in group.split(";") if rule.strip()]
     problems: dict[str, None] = {}
     cells: dict[str, Cell] = {}
     grid = itertools.product(rules, lengths, args.steps or [None], args.blocks, args.temperature)
     for rule, length, steps, block, temperature in grid:
-        settings = {
+        settings = shared | {
             "rule": named(rule, "--rules"),
             "steps": length if steps is None else steps,
             "block_length": block,
