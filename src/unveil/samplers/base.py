@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+import torch
+
 from unveil.denoisers.base import MaskedDenoiser
 from unveil.registry import Plugin
 from unveil.samplers.actions import Action
 from unveil.samplers.canvas import Canvas
-from unveil.samplers.trajectory import Trajectory
+from unveil.samplers.trajectory import Trajectory, check_needs, concatenate
 
 
 class Sampler(Plugin, family="sampler", default="masked"):
@@ -52,6 +54,7 @@ class Sampler(Plugin, family="sampler", default="masked"):
             UserError: saying what is missing.
         """
 
+    @torch.no_grad()
     def sample(
         self,
         denoiser: MaskedDenoiser,
@@ -75,4 +78,22 @@ class Sampler(Plugin, family="sampler", default="masked"):
         Raises:
             UserError: the settings do not fit the response or the denoiser, or a field cannot be recorded.
         """
+        wanted = check_needs(needs, self.refused_fields())
+        self.check_fits(canvas.response.shape[1])
+        self.check_denoiser(denoiser)
+        if len(seeds) != len(canvas):
+            raise ValueError(f"{len(canvas)} rows need as many seeds, got {len(seeds)}")
+        size = batch_size or len(canvas)
+        parts = []
+        for start in range(0, len(canvas), size):
+            rows = slice(start, start + size)
+            parts.append(self.sample_batch(denoiser, canvas.rows(rows), seeds[rows], wanted))
+            if on_batch is not None:
+                on_batch(min(start + size, len(canvas)))
+        return concatenate(parts) if len(parts) > 1 else parts[0]
+
+    def sample_batch(
+        self, denoiser: MaskedDenoiser, canvas: Canvas, seeds: Sequence[int], needs: frozenset[str]
+    ) -> Trajectory:
+        """The chains of one batch, with the fields ``needs``; `sample` has checked everything."""
         raise NotImplementedError

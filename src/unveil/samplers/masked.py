@@ -6,7 +6,7 @@ one by one; a row that is done leaves the batch, and padding that only it needed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -25,7 +25,7 @@ from unveil.samplers.schedules import Even, Schedule
 from unveil.samplers.solvers import First, Solver, SolverView
 from unveil.samplers.timetable import Clock, Slot, Timetable
 from unveil.samplers.tokens import certainty_rank, confidence, filter_logits, sample_categorical, token_log_prob
-from unveil.samplers.trajectory import PER_CHAIN, Trajectory, check_needs, concatenate
+from unveil.samplers.trajectory import PER_CHAIN, Trajectory
 from unveil.samplers.transforms import Transform
 
 
@@ -103,31 +103,10 @@ class MaskedSampler(Sampler, name="masked"):
             raise UserError("sampler: 'masked' cannot time a network of scores (allowed: reverse)")
         self.rule.network(denoiser)
 
-    @torch.no_grad()
-    def sample(
-        self,
-        denoiser: MaskedDenoiser,
-        canvas: Canvas,
-        seeds: Sequence[int],
-        *,
-        needs: Iterable[str] = (),
-        batch_size: int | None = None,
-        on_batch: Callable[[int], None] | None = None,
+    def sample_batch(
+        self, denoiser: MaskedDenoiser, canvas: Canvas, seeds: Sequence[int], needs: frozenset[str]
     ) -> Trajectory:
-        wanted = check_needs(needs, self.refused_fields())
-        width = canvas.response.shape[1]
-        self.check_fits(width)
-        self.check_denoiser(denoiser)
-        if len(seeds) != len(canvas):
-            raise ValueError(f"{len(canvas)} rows need as many seeds, got {len(seeds)}")
-        size = batch_size or len(canvas)
-        parts = []
-        for start in range(0, len(canvas), size):
-            rows = slice(start, start + size)
-            parts.append(_Chains(self, denoiser, canvas.rows(rows), seeds[rows], wanted).run())
-            if on_batch is not None:
-                on_batch(min(start + size, len(canvas)))
-        return concatenate(parts) if len(parts) > 1 else parts[0]
+        return _Chains(self, denoiser, canvas, seeds, needs).run()
 
     def propose(self, logits: Tensor, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
         """Draw a token for every hole.

@@ -7,7 +7,7 @@ ranks the positions, so the number of steps changes the cost and the error, not 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -21,7 +21,7 @@ from unveil.processes.score_entropy import Method
 from unveil.samplers.base import Sampler
 from unveil.samplers.canvas import Canvas
 from unveil.samplers.tokens import confidence, sample_categorical
-from unveil.samplers.trajectory import Trajectory, check_needs, concatenate
+from unveil.samplers.trajectory import Trajectory
 
 
 @dataclass(kw_only=True)
@@ -50,32 +50,10 @@ class ReverseSampler(Sampler, name="reverse"):
     def refused_fields(self) -> dict[str, str]:
         return dict.fromkeys(("block", "order", "order_log_prob"), "needs a sampler with blocks and rules ('masked')")
 
-    @torch.no_grad()
-    def sample(
-        self,
-        denoiser: MaskedDenoiser,
-        canvas: Canvas,
-        seeds: Sequence[int],
-        *,
-        needs: Iterable[str] = (),
-        batch_size: int | None = None,
-        on_batch: Callable[[int], None] | None = None,
+    def sample_batch(
+        self, denoiser: MaskedDenoiser, canvas: Canvas, seeds: Sequence[int], needs: frozenset[str]
     ) -> Trajectory:
-        """Denoise every row of the canvas, see `Sampler.sample`.
-
-        The field ``log_prob`` is that of what a hole really did, staying masked included.
-        """
-        wanted = check_needs(needs, self.refused_fields())
-        if len(seeds) != len(canvas):
-            raise ValueError(f"{len(canvas)} rows need as many seeds, got {len(seeds)}")
-        size = batch_size or len(canvas)
-        parts = []
-        for start in range(0, len(canvas), size):
-            rows = slice(start, start + size)
-            parts.append(_Chains(self, denoiser, canvas.rows(rows), seeds[rows], wanted).run())
-            if on_batch is not None:
-                on_batch(min(start + size, len(canvas)))
-        return concatenate(parts) if len(parts) > 1 else parts[0]
+        return _Chains(self, denoiser, canvas, seeds, needs).run()
 
     def times(self) -> Tensor:
         """(steps + 2,) float64: the grid from 1 to ``last_time``, then 0."""
