@@ -25,6 +25,7 @@ from unveil.learning.objectives import Objective, Weighting
 from unveil.learning.selectors import Selector
 from unveil.recipe import build, load
 from unveil.registry import Plugin, names
+from unveil.rewards.base import Reward
 from unveil.samplers.actions import Action
 from unveil.samplers.base import Sampler
 from unveil.samplers.rules import Rule
@@ -181,7 +182,7 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
     "family",
     [
         Task, Sampler, Rule, Action, Solver, Transform, Schedule, UnmaskNetwork, ProblemFilter, Shaping, GroupHook,
-        Advantage, Selector, Likelihood, TokenFilter, Objective, Weighting,
+        Advantage, Selector, Likelihood, TokenFilter, Objective, Weighting, Reward,
     ],
 )
 def test_the_table_of_plug_ins_is_complete(family: type[Plugin]) -> None:

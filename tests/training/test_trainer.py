@@ -225,3 +225,20 @@ def test_checkpoints_come_at_their_updates_and_at_the_end(tmp_path: Path) -> Non
     assert written[5] == ["update-000003"]
     names = [path.name for path in list_checkpoints(tmp_path / "checkpoints")]
     assert names == ["update-000006", "update-000008"]
+
+
+def test_an_unmasking_rule_may_have_a_learning_rate_of_its_own(tmp_path: Path) -> None:
+    net = tiny.with_policy(tiny.denoiser())
+    optim = OptimConfig(lr=1e-3, unmask_lr=5e-2, schedule="linear", weight_decay=0.1)
+    job = tiny.job(tmp_path, tiny.policy("mdpo"), net, optim=optim, updates=2)
+    trainer = job.trainer
+    own = set(net.unmask.parameters())  # type: ignore[union-attr]
+    groups = trainer.optimizer.param_groups
+    assert [bool(own & set(group["params"])) for group in groups] == [False, False, True, True]
+    assert sum(len(group["params"]) for group in groups) == len(list(net.parameters()))
+    used: list[list[float]] = []
+    job.evaluate = lambda update: None  # type: ignore[method-assign]
+    trainer.fit(job, job.log, lambda *_: used.append([group["lr"] for group in groups]))
+    for row, update in zip(used, range(2), strict=True):
+        lr = optim.lr_at(update, 2)
+        assert row == pytest.approx([lr, lr, 50 * lr, 50 * lr])

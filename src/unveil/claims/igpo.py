@@ -4,15 +4,20 @@ Task: 10 digits mod 4, response = their 10 running sums, right only if every one
 The base has mostly seen digits 0 and 1 (one digit in five is any) and stops learning as soon as its samples at
 temperature 1 are right in 20 % on the whole task, where four digits occur alike: most groups of 8 are all wrong, as
 most prompts fail nearly always. (From bases of 2-10 % every method fell in development: they had not yet learned to
-add.) Network: 2 layers, 64 wide. All methods: 8 groups of 8, 24 updates of 4 gradient steps, one ratio per sequence, no
-KL term, 10 decoding steps, likelihood `partial_mask` (with the whole response masked a chain of sums was not learned).
-A hint is 2-3 sums at their places, never the last one. In development accuracy with the entropy filter first rose and
-then fell again with more updates or larger steps: 24 updates and the grid were set with that in view, before the run.
+add.) Network: 2 layers, 64 wide. All methods: 16 groups of 8, 32 updates of 4 gradient steps, one ratio per sequence,
+no KL term, 10 decoding steps, likelihood `partial_mask` (with all masked a chain of sums was not learned).
+A hint is 2-3 sums at their places among the first six, so that hints fill 20 to 40 % of a response, not far from the
+paper's share. (Hints on up to the ninth sum fill half of it; there the entropy filter, which thins right chains and not
+wrong ones, made accuracy fall in development.)
+
+How this experiment was found: about ten configurations (task, base, likelihood, hint room, groups, learning rate) were
+tried first, in most of which IGPO with its filter ended below the base, and some of which used seeds that are reported
+here. Hint room and number of groups were last chosen on the tuning seed, where they favour IGPO. The demands stayed.
 
     grpo              no repair
     resample          all-wrong groups are sampled again without hints: the same budget of samples
     igpo              hints of 20-60 % of the trace, the fifth of them with the highest entropy is learned from
-    igpo full trace   everything but the last sum is shown
+    igpo full trace   the first six sums are shown
     igpo no filter    every hint token is learned from
     igpo released     the filter and the mean of the released code (see ``systems/igpo.py``)
     igpo other hints  the hints come from another prompt
@@ -61,7 +66,7 @@ from unveil.training.policy_job import PolicyConfig, PolicyJob, RolloutConfig
 
 LENGTH, MODULUS, COMMON, ANY = 10, 4, 2, 0.2
 BASE_ACCURACY = 0.2
-UPDATES, HELD_OUT, REPAIR_GROUPS = 24, 400, 48
+UPDATES, PROMPTS, HELD_OUT, REPAIR_GROUPS = 32, 16, 400, 48
 LEARNING_RATES = (5e-5, 1e-4, 2e-4)
 METHODS = ("grpo", "resample", "igpo", "igpo full trace", "igpo no filter", "igpo released", "igpo other hints")
 TUNED = METHODS[:4]
@@ -160,7 +165,7 @@ def _network(out: Path, seed: int) -> Measured:
 
 def _config(method: str, prompts: int) -> PolicyConfig:
     chosen = Igpo(likelihood=PartialMask(low=0.2), kl=Kl(beta=0.0))
-    hints = Inpaint(chunk_min=2, chunk_max=3, stretch=1.0, free_tail=1)
+    hints = Inpaint(chunk_min=2, chunk_max=3, stretch=1.0, free_tail=4)
     if method == "resample":
         hints = replace(hints, ratio_low=0.0, ratio_high=0.0)
     if method == "igpo full trace":
@@ -207,7 +212,7 @@ def _policy(out: Path, seed: int, method: str, lr: float, updates: int) -> Measu
 
     folder = out / f"{method}-{lr:g}-{seed}".replace(" ", "-")
     run = train_policy(
-        denoiser, _config(method, 8), folder, seed=seed, lr=lr, updates=updates, measure=measure, points=4
+        denoiser, _config(method, PROMPTS), folder, seed=seed, lr=lr, updates=updates, measure=measure, points=4
     )
     accuracy = run["curve"][-1]["accuracy"]
     base = run["curve"][0]["accuracy"]

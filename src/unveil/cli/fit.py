@@ -124,6 +124,7 @@ def _fit(
     """Run the program; a new folder that is left without a checkpoint is removed."""
     from unveil.cli.progress import Progress
     from unveil.training.checkpoints import list_checkpoints
+    from unveil.training.rewarding import RewardsLost
     from unveil.training.trainer import NumericalError
 
     fresh = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
@@ -146,7 +147,7 @@ def _fit(
     try:
         with bar:
             finished = program(recipe, folder, resume=bool(args.resume), progress=show)
-    except NumericalError as error:
+    except (NumericalError, RewardsLost) as error:
         print(f"unveil: error: {error}", file=sys.stderr)
         return 1, {"run": str(folder), "status": "failed", "error": str(error)}
     except UserError:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from unveil.registry import Plugin
+from unveil.samplers.tokens import certainty_rank
 
 _NEVER = -1e30
 """The logit of what cannot be drawn: finite, since the gradient of logcumsumexp is nan behind an infinity."""
@@ -88,7 +89,7 @@ class PlackettLuce(Action, name="plackett_luce"):
 
     def sample(self, logits: Tensor, candidates: Tensor, count: Tensor, noise: Tensor) -> Tensor:
         self._check(noise)
-        place = _places(self._scaled(logits.double(), candidates) + _gumbel(noise[:, 0]))
+        place = certainty_rank(self._scaled(logits.double(), candidates) + _gumbel(noise[:, 0])) + 1
         return torch.where(candidates & (place <= count[:, None]), place, 0)
 
     def log_prob(self, logits: Tensor, candidates: Tensor, order: Tensor) -> Tensor:
@@ -138,7 +139,7 @@ class BernoulliArgmax(Bernoulli, name="bernoulli_argmax"):
 
     def _largest(self, logits: Tensor, candidates: Tensor) -> Tensor:
         """(b, R) 1 at the candidate of largest logit, the left one of equals."""
-        return (candidates & (_places(self._scaled(logits.double(), candidates)) == 1)).long()
+        return (candidates & (certainty_rank(self._scaled(logits.double(), candidates)) == 0)).long()
 
 
 @dataclass(kw_only=True)
@@ -154,11 +155,11 @@ class DynamicPlackettLuce(Action, name="dpls"):
     def sample(self, logits: Tensor, candidates: Tensor, count: Tensor, noise: Tensor) -> Tensor:
         self._check(noise)
         scaled = self._scaled(logits.double(), candidates)
-        first = candidates & (_places(scaled + _gumbel(noise[:, 0])) == 1)
+        first = candidates & (certainty_rank(scaled + _gumbel(noise[:, 0])) == 0)
         ranked = torch.where(first, 0.0, scaled) + _gumbel(noise[:, 1])
         stop = ranked.masked_fill(~first, -torch.inf).amax(1, keepdim=True)
         opened = candidates & ~first & (ranked > stop)
-        place = _places(ranked.masked_fill(~opened, -torch.inf))
+        place = certainty_rank(ranked.masked_fill(~opened, -torch.inf)) + 1
         return first.long() + torch.where(opened, place + 1, 0)
 
     def log_prob(self, logits: Tensor, candidates: Tensor, order: Tensor) -> Tensor:
@@ -178,13 +179,6 @@ def _ranking_log_prob(scaled: Tensor, order: Tensor) -> Tensor:
     logits = logits - logits.detach().amax(1, keepdim=True)
     left = logits.flip(1).logcumsumexp(1).flip(1)
     return torch.where(drawn.gather(1, sequence), logits - left, 0.0).sum(1)
-
-
-def _places(score: Tensor) -> Tensor:
-    """(b, R) place of every position when its row is sorted by falling score, from 1; ties go to the left."""
-    sequence = score.sort(dim=1, descending=True, stable=True).indices
-    places = torch.arange(1, score.shape[1] + 1, device=score.device).expand_as(sequence)
-    return torch.empty_like(sequence).scatter_(1, sequence, places)
 
 
 def _gumbel(uniforms: Tensor) -> Tensor:

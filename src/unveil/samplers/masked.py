@@ -20,11 +20,11 @@ from unveil.registry import UserError
 from unveil.samplers.actions import Action
 from unveil.samplers.base import Sampler
 from unveil.samplers.canvas import Canvas
-from unveil.samplers.rules import LowConfidence, Policy, Rule, State, StepView, certainty_rank
+from unveil.samplers.rules import LowConfidence, Policy, Rule, State, StepView
 from unveil.samplers.schedules import Even, Schedule
 from unveil.samplers.solvers import First, Solver, SolverView
 from unveil.samplers.timetable import Clock, Slot, Timetable
-from unveil.samplers.tokens import confidence, filter_logits, sample_categorical, token_log_prob
+from unveil.samplers.tokens import certainty_rank, confidence, filter_logits, sample_categorical, token_log_prob
 from unveil.samplers.trajectory import PER_CHAIN, Trajectory, check_needs, concatenate
 from unveil.samplers.transforms import Transform
 

@@ -20,7 +20,7 @@ from unveil.denoisers.unmask import UnmaskNetwork, load_unmask, read_unmask_head
 from unveil.recipe import build
 from unveil.registry import Plugin, UserError
 from unveil.samplers.actions import Action, PlackettLuce
-from unveil.samplers.tokens import Confidence
+from unveil.samplers.tokens import Confidence, certainty_rank
 
 State = dict[str, Tensor]
 
@@ -258,10 +258,3 @@ def least_certain(view: StepView) -> Tensor:
     order = view.score.sort(dim=1, descending=True, stable=True).indices
     places = torch.arange(order.shape[1], device=order.device)
     return view.open & torch.empty_like(view.open).scatter_(1, order, places >= fill)
-
-
-def certainty_rank(score: Tensor) -> Tensor:
-    """(b, R) place of every position when its row is sorted by falling score, from 0; ties go to the left."""
-    order = score.sort(dim=1, descending=True, stable=True).indices
-    places = torch.arange(score.shape[1], device=score.device).expand_as(order)
-    return torch.empty_like(order).scatter_(1, order, places)

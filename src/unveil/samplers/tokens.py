@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unveil.processes.masked import integer_weights, row_chunks, sample_categorical, token_log_prob
 
-__all__ = ["Confidence", "confidence", "filter_logits", "sample_categorical", "token_log_prob"]
+__all__ = ["Confidence", "certainty_rank", "confidence", "filter_logits", "sample_categorical", "token_log_prob"]
 
 Confidence = Literal["probability", "margin", "entropy", "peak"]
 
@@ -52,6 +52,13 @@ def confidence(logits: Tensor, tokens: Tensor, kind: Confidence) -> Tensor:
         return _rows_confidence(logits, tokens, kind)
     split = tokens.split([len(part) for part in parts])
     return torch.cat([_rows_confidence(*rows, kind) for rows in zip(parts, split, strict=True)])
+
+
+def certainty_rank(score: Tensor) -> Tensor:
+    """(b, R) place of every position when its row is sorted by falling score, from 0; ties go to the left."""
+    order = score.sort(dim=1, descending=True, stable=True).indices
+    places = torch.arange(score.shape[1], device=score.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, places)
 
 
 def _rows_confidence(logits: Tensor, tokens: Tensor, kind: Confidence) -> Tensor:

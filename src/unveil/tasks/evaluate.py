@@ -28,12 +28,14 @@ class Judged:
         guess_correct: (B, S) whether the full guess of every step was right; the last active step is the finished
             response. None if guesses were not recorded.
         guess_score: (B, S) their shaped scores.
+        guess_texts: B lists of S texts, the guess of every step.
     """
 
     texts: list[str]
     verdicts: list[Verdict]
     guess_correct: Tensor | None = None
     guess_score: Tensor | None = None
+    guess_texts: list[list[str]] | None = None
 
 
 def judge(task: Task, problems: Sequence[Problem], denoiser: MaskedDenoiser, trajectory: Trajectory) -> Judged:
@@ -55,6 +57,7 @@ def judge(task: Task, problems: Sequence[Problem], denoiser: MaskedDenoiser, tra
     batch, steps = trajectory.active.shape
     guesses = response_texts(denoiser, trajectory.guesses.flatten(0, 1))
     verdicts = [verdict(place // steps, text) for place, text in enumerate(guesses)]
+    judged.guess_texts = [guesses[row * steps : (row + 1) * steps] for row in range(batch)]
     judged.guess_correct = torch.tensor([v.correct for v in verdicts]).view(batch, steps) & trajectory.active
     judged.guess_score = torch.tensor([v.score for v in verdicts]).view(batch, steps) * trajectory.active
     if steps:

@@ -3,9 +3,10 @@ rollouts and the gradient steps on it."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -16,17 +17,21 @@ from unveil.learning.likelihoods import Inner, Likelihood, Scores, TokenFilter, 
 from unveil.learning.objectives import Clipped, Kl, Objective, TokenMean, Weighting, unit_of
 from unveil.learning.selectors import AllSteps, Selector
 from unveil.registry import Plugin, UserError
+from unveil.rewards.base import Correct, Reward
 from unveil.samplers.base import Sampler
 from unveil.samplers.masked import MaskedSampler
 from unveil.samplers.text import encode_prompts
-from unveil.samplers.trajectory import Trajectory
 from unveil.seeds import derive_seed, generator
 from unveil.tasks.base import Problem, Task
 from unveil.tasks.evaluate import Judged, evaluate, judge, over_denoised, sample_problems
 from unveil.training.log import RunLog
 from unveil.training.records import sample_records, trajectory_records
+from unveil.training.rewarding import Rewarded, RewardsLost, reward_chains
 from unveil.training.rollouts import GroupHook, Rollouts, Shaping
 from unveil.training.trainer import Optimise, Trainer
+
+LOST_UPDATES = 3
+"""Updates in a row without a single score after which a run stops."""
 
 
 class ProblemFilter(Plugin, family="filter"):
@@ -68,8 +73,8 @@ class PolicyConfig:
 
     task: Task
     """Problems and verifier."""
-    reward: Literal["correct", "score"] = "correct"
-    """1 for a solved problem and 0 otherwise, or the task's shaped score. Both are always logged."""
+    reward: Reward = field(default_factory=Correct)
+    """What is optimised. Accuracy and the task's shaped score are logged whatever it is."""
     shaping: Shaping | None = None
     """Changes the reward by how the chain came about; None: it stays."""
     rollout: RolloutConfig
@@ -162,10 +167,12 @@ class PolicyJob:
                 f"policy.rollout.prompts: {rollout.prompts} are fewer than the {trainer.ranks.world} processes"
             )
         self.pool: list[Problem] = []
-        self.rolled = self.spent = 0
+        self.rolled = self.spent = self.lost_updates = 0
+        self.rewarded: list[Rewarded] = []
+        self.warned: set[tuple[str, str]] = set()
 
     def update(self, update: int, optimise: Optimise) -> dict[str, Any]:
-        policy = self.policy
+        policy, self.rewarded = self.policy, []
         problems = self.trainer.ranks.share(self._problems(update))
         size = policy.rollout.group_size
         rows = [problem for problem in problems for _ in range(size)]
@@ -179,7 +186,8 @@ class PolicyJob:
             rollouts, said = policy.groups.apply(sampled, roll, self.denoiser)
             metrics |= said
         trajectory = rollouts.trajectory
-        advantages = policy.advantage.advantages(rollouts.rewards, trajectory.active, rollouts.group)
+        scored = self._count_failures(update, metrics)
+        advantages = _advantages(policy.advantage, rollouts)
         metrics |= {
             "advantage_abs": (advantages.abs().sum() / trajectory.active.sum().clamp(min=1)).item(),
             "zero_variance_groups": _equal_groups(rollouts).float().mean().item(),
@@ -197,7 +205,7 @@ class PolicyJob:
         for number in range(inner):
             batch = batches[number % views]
             batch.diagnostics = _Means()
-            result: dict[str, Any] = optimise(self._losses(batch))
+            result: dict[str, Any] = optimise(self._losses(batch) if scored else [])
             metrics |= result | batch.diagnostics.means()
         cost, ranks = self.trainer.cost, self.trainer.ranks
         cost.rollouts += round(ranks.total(self.rolled))
@@ -288,17 +296,20 @@ class PolicyJob:
         self.rolled += len(problems)
         self.spent += trajectory.forwards
         judged = judge(policy.task, problems, self.denoiser, trajectory)
-        rewards = self._rewards(judged, trajectory)
+        rewarded = reward_chains(policy.reward, problems, judged, trajectory)
+        self.rewarded.append(rewarded)
+        rewards = rewarded.values
         if policy.shaping is not None:
-            rewards = policy.shaping.shape(rewards, trajectory)
+            rewards = policy.shaping.shape(rewards, trajectory) * rewarded.known[:, None]
         copies: dict[str, int] = {}
         seeds = []
         for problem in problems:
             copies[problem.id] = copies.get(problem.id, -1) + 1
             seeds.append(derive_seed(self.seed, "chain", update, problem.id, copies[problem.id], *own))
         return Rollouts(
-            problems=problems, group=group, trajectory=trajectory, judged=judged, rewards=rewards, seeds=seeds
-        )
+            problems=problems, group=group, trajectory=trajectory, judged=judged, rewards=rewards,
+            known=rewarded.known, seeds=seeds,
+        )  # fmt: skip
 
     def _sampler(self, update: int) -> Sampler:
         rollout = self.policy.rollout
@@ -317,13 +328,30 @@ class PolicyJob:
         needs = {name for reader in readers if reader is not None for name in reader.needs}
         return needs | ({"guesses"} if policy.advantage.reads_guesses else set())
 
-    def _rewards(self, judged: Judged, trajectory: Trajectory) -> Tensor:
-        """(B, S) rewards; without guesses only the last active step is known."""
-        if judged.guess_correct is not None and judged.guess_score is not None:
-            return judged.guess_correct.float() if self.policy.reward == "correct" else judged.guess_score.float()
-        values = [float(v.correct if self.policy.reward == "correct" else v.score) for v in judged.verdicts]
-        rewards = torch.zeros(trajectory.active.shape)
-        return rewards.scatter_(1, trajectory.last_steps[:, None], torch.tensor(values)[:, None])
+    def _count_failures(self, update: int, metrics: dict[str, Any]) -> bool:
+        """Log and report what the reward could not score in this update. False if it scored nothing at all.
+
+        Raises:
+            RewardsLost: that happened `LOST_UPDATES` times in a row.
+        """
+        failures = [one for rewarded in self.rewarded for one in rewarded.failures]
+        for part, failure in failures:
+            if (part, failure.kind) not in self.warned:
+                self.warned.add((part, failure.kind))
+                name = f"policy.reward{f'.parts.{part}' if part else ''}"
+                line = f"update {update + 1}: {name}: {failure.kind}: {' '.join(failure.message.split())}"
+                print(f"warning: {line} (counted in reward_failures from here on)", file=sys.stderr, flush=True)
+        total = self.trainer.ranks.total
+        asked, lost = (total(float(sum(getattr(one, name) for one in self.rewarded))) for name in ("asked", "lost"))
+        metrics["reward_failures"] = round(total(float(len(failures))))
+        self.lost_updates = self.lost_updates + 1 if lost == asked else 0
+        if self.lost_updates >= LOST_UPDATES:
+            kinds = ", ".join(sorted({failure.kind for _, failure in failures}))
+            raise RewardsLost(
+                f"update {update + 1}: policy.reward gave no score at all ({kinds}), "
+                f"{self.lost_updates} updates in a row: stopped (the last checkpoint is good)"
+            )
+        return lost < asked
 
     def _batch(self, rollouts: Rollouts, advantages: Tensor, chosen: Tensor, inner: Inner) -> _Batch:
         policy, trajectory = self.policy, rollouts.trajectory
@@ -423,26 +451,46 @@ class PolicyJob:
     def _metrics(self, rollouts: Rollouts) -> dict[str, Any]:
         """What the policy's own chains say, before any hook."""
         trajectory, judged = rollouts.trajectory, rollouts.judged
-        final = terminal(rollouts.rewards, trajectory.active).view(-1, self.policy.rollout.group_size)
+        final, known = terminal(rollouts.rewards, trajectory.active), rollouts.known
         active = trajectory.active
         values: dict[str, Any] = {
-            "reward": final.mean().item(),
+            "reward": final[known].mean().item(),
+            "unrewarded": 1 - known.float().mean().item(),
             "accuracy": rollouts.correct.float().mean().item(),
             "score": sum(v.score for v in judged.verdicts) / len(judged.verdicts),
-            "group_reward_std": final.std(1).mean().item(),
+            "group_reward_std": _group_deviation(final, known, rollouts.group),
             "steps_per_chain": active.sum(1).float().mean().item(),
             "unfinished": trajectory.unfinished.float().mean().item(),
         }
+        values |= {f"reward/{name}": mean for name, mean in self.rewarded[0].parts.items()}
         if judged.guess_correct is not None:
             values["over_denoising"] = over_denoised(judged).float().mean().item()
             values["guess_accuracy"] = (judged.guess_correct.sum(0) / active.sum(0).clamp(min=1)).tolist()
         return values
 
 
+def _advantages(advantage: Advantage, rollouts: Rollouts) -> Tensor:
+    """(B, S); a chain without a reward is no member of its group, and has advantage 0."""
+    known, trajectory = rollouts.known, rollouts.trajectory
+    values = torch.zeros(trajectory.active.shape)
+    if known.any():
+        own = (rollouts.rewards[known], trajectory.active[known], rollouts.group[known])
+        values[known] = advantage.advantages(*own)
+    return values
+
+
 def _equal_groups(rollouts: Rollouts) -> Tensor:
     """(groups,) True where all finished responses of a group have the same reward: there is nothing to learn."""
     final = terminal(rollouts.rewards, rollouts.trajectory.active)
-    return torch.tensor([len(final[rollouts.group == group].unique()) == 1 for group in rollouts.group.unique()])
+    own = [final[(rollouts.group == group) & rollouts.known] for group in rollouts.group.unique()]
+    return torch.tensor([len(values.unique()) <= 1 for values in own])
+
+
+def _group_deviation(final: Tensor, known: Tensor, group: Tensor) -> float:
+    """Standard deviation of ``final`` (B,) within a group, mean over the groups with two known members or more."""
+    own = [final[known & (group == number)] for number in group.unique()]
+    spread = [values.std() for values in own if len(values) > 1]
+    return torch.stack(spread).mean().item() if spread else 0.0
 
 
 def _sum(values: Tensor, unit: Tensor, count: int) -> Tensor:

@@ -27,6 +27,8 @@ class Rollouts:
         trajectory: the chains.
         judged: verdicts of finished responses and, where recorded, of every guess.
         rewards: (B, S) of the guess at each step; without guesses only the last active step's is known, the rest is 0.
+        known: (B,) False for chains without a reward, because it failed or does not apply: 0 in ``rewards``, and left
+            out of their groups.
         seeds: one per chain, for everything random that is done with it.
     """
 
@@ -35,6 +37,7 @@ class Rollouts:
     trajectory: Trajectory
     judged: Judged
     rewards: Tensor
+    known: Tensor
     seeds: list[int]
 
     def __len__(self) -> int:
@@ -59,8 +62,10 @@ class Rollouts:
                 verdicts=[judged.verdicts[place] for place in places],
                 guess_correct=None if judged.guess_correct is None else judged.guess_correct[index],
                 guess_score=None if judged.guess_score is None else judged.guess_score[index],
+                guess_texts=None if judged.guess_texts is None else [judged.guess_texts[place] for place in places],
             ),
             rewards=self.rewards[index],
+            known=self.known[index],
             seeds=[self.seeds[place] for place in places],
         )
 
@@ -75,6 +80,7 @@ class Rollouts:
                 return None
             return torch.cat([_widen(value, steps) for value in values])  # type: ignore[arg-type]
 
+        texts = [part.judged.guess_texts for part in parts]
         rewards = join([part.rewards for part in parts])
         assert rewards is not None
         return Rollouts(
@@ -86,8 +92,10 @@ class Rollouts:
                 verdicts=[*self.judged.verdicts, *other.judged.verdicts],
                 guess_correct=join([part.judged.guess_correct for part in parts]),
                 guess_score=join([part.judged.guess_score for part in parts]),
+                guess_texts=None if None in texts else [row for own in texts if own for row in own],
             ),
             rewards=rewards,
+            known=torch.cat([self.known, other.known]),
             seeds=[*self.seeds, *other.seeds],
         )
 

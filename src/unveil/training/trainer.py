@@ -35,6 +35,8 @@ class OptimConfig:
 
     lr: Annotated[float, Field(gt=0)] = 1e-4
     """Peak learning rate."""
+    unmask_lr: Annotated[float, Field(gt=0)] | None = None
+    """Peak of the learned unmasking rule, on the same schedule; None: that of everything else."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """After warm-up: constant, or falling to ``final_lr`` times the peak at the last update."""
     final_lr: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -129,17 +131,27 @@ class Trainer:
         moving = snapshots.reference_sync is not None
         self.snapshots = Snapshots(denoiser, snapshots, keep_reference=keep_reference and (adapter is None or moving))
         self.parameters = [p for p in denoiser.parameters() if p.requires_grad]
-        decayed = [p for p in self.parameters if p.dim() > 1]
-        other = [p for p in self.parameters if p.dim() <= 1]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": other, "weight_decay": 0.0}],
-            lr=optim.lr,
-            betas=optim.betas,
-        )
+        self.optimizer = torch.optim.AdamW(self._parameter_groups(), lr=optim.lr, betas=optim.betas)
         self.cost = Cost()
         self.done = 0
         self.bad_steps = 0
         self.interrupted = False
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """Matrices decay, vectors do not; a learned unmasking rule may have a learning rate of its own."""
+        own = set() if self.denoiser.unmask is None else set(self.denoiser.unmask.parameters())
+        scale = (self.optim.unmask_lr or self.optim.lr) / self.optim.lr
+        groups: list[dict[str, Any]] = []
+        parts = [(1.0, [p for p in self.parameters if p not in own])]
+        if own:
+            parts.append((scale, [p for p in self.parameters if p in own]))
+        for factor, parameters in parts:
+            decayed, other = [p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() <= 1]
+            groups += [
+                {"params": decayed, "weight_decay": self.optim.weight_decay, "scale": factor},
+                {"params": other, "weight_decay": 0.0, "scale": factor},
+            ]
+        return groups
 
     def reference(self) -> Any:
         """Context in which the denoiser is the reference policy."""
@@ -165,7 +177,7 @@ class Trainer:
                 started = time.perf_counter()
                 lr = self.optim.lr_at(self.done, self.updates)
                 for group in self.optimizer.param_groups:
-                    group["lr"] = lr
+                    group["lr"] = lr * group["scale"]
                 metrics = job.update(self.done, self.optimise)
                 self.done += 1
                 self.snapshots.after_update(self.done)

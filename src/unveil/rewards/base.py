@@ -1,0 +1,210 @@
+"""What a completion is worth for training: the family of rewards, the task's own two, and sums of several.
+
+A reward never decides accuracy: that stays the task's. A completion whose reward fails has no score at all: it is
+counted, reported, and never taken for a success.
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from unveil.registry import Plugin, UserError
+
+T = TypeVar("T")
+Metadata = Mapping[str, Any]
+"""What is known of a completion besides its text: the fields of the problem's ``answer``, its ``solution`` (unless the
+answer has a field of that name) and ``id``, and the task's verdict as ``correct`` and ``score``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """A score that could not be had.
+
+    Attributes:
+        kind: ``exception``, ``timeout``, ``wrong_length``, ``not_a_number``, and of a server ``connection``,
+            ``status``, ``malformed`` or ``breaker``.
+        message: what went wrong, for the user.
+    """
+
+    kind: str
+    message: str
+
+
+Score = float | None | Failure
+"""A finite number; None where the reward does not apply; or why there is none."""
+
+
+class RewardError(Exception):
+    """A call that gave no scores at all, for a reason that has a name."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+@dataclass(kw_only=True)
+class Answer:
+    """The scores of N completions.
+
+    Attributes:
+        total: N scores to train on.
+        parts: the N scores of every part of a sum, by its name; they include those that are only watched.
+    """
+
+    total: list[Score]
+    parts: dict[str, list[Score]]
+
+    def failures(self) -> list[tuple[str, Failure]]:
+        """(name of the part, or "", failure), one per score that could not be had."""
+        sources = self.parts or {"": self.total}
+        return [(name, one) for name, scores in sources.items() for one in scores if isinstance(one, Failure)]
+
+
+class Reward(Plugin, family="reward"):
+    """Scores completions one by one: a score depends on its own completion alone."""
+
+    def scores(self, completions: list[str], prompts: list[str], metadata: list[Metadata]) -> Sequence[Score]:
+        """N scores of N completions. May raise anything: all N have then failed.
+
+        Args:
+            completions: texts without special tokens, of finished responses or of intermediate guesses.
+            prompts: the problems' prompts.
+            metadata: see `Metadata`.
+        """
+        raise NotImplementedError
+
+    def ask(self, completions: list[str], prompts: list[str], metadata: list[Metadata]) -> Answer:
+        """`scores`, made safe: whatever happens there, N scores come back and every number is finite."""
+        try:
+            given = checked(self.scores(completions, prompts, metadata), len(completions))
+        except (Exception, SystemExit) as error:
+            given = [failure_of(error)] * len(completions)
+        return Answer(total=given, parts={})
+
+
+@dataclass(kw_only=True)
+class Correct(Reward, name="correct"):
+    """1 for a solved problem, 0 otherwise, as the task's verifier says."""
+
+    def scores(self, completions: list[str], prompts: list[str], metadata: list[Metadata]) -> Sequence[Score]:
+        return [float(own["correct"]) for own in metadata]
+
+
+@dataclass(kw_only=True)
+class Shaped(Reward, name="score"):
+    """The task's shaped score in [0, 1]: partial credit."""
+
+    def scores(self, completions: list[str], prompts: list[str], metadata: list[Metadata]) -> Sequence[Score]:
+        return [float(own["score"]) for own in metadata]
+
+
+@dataclass(kw_only=True)
+class Part:
+    """One member of a sum."""
+
+    reward: Reward
+    """What scores."""
+    weight: float = 1.0
+    """Its factor in the sum; may be negative."""
+    role: Literal["optimise", "audit"] = "optimise"
+    """``optimise``: in the sum. ``audit``: logged beside it and never trained on."""
+
+
+@dataclass(kw_only=True)
+class Sum(Reward, name="sum"):
+    """A weighted sum. A part that does not apply to a completion adds nothing; if none applies, the sum does not. If an
+    optimised part fails on a completion, the sum fails on it: a sum with a hole is no fair comparison."""
+
+    parts: dict[str, Part]
+    """The parts by a name for the log: their means are logged as ``reward/NAME``."""
+
+    def __post_init__(self) -> None:
+        if not any(part.role == "optimise" for part in self.parts.values()):
+            raise UserError("parts: at least one should have the role 'optimise'")
+        for name, part in self.parts.items():
+            if isinstance(part.reward, Sum):
+                raise UserError(f"parts.{name}.reward: a sum inside a sum (allowed: its parts themselves)")
+
+    def scores(self, completions: list[str], prompts: list[str], metadata: list[Metadata]) -> Sequence[Score]:
+        return self.ask(completions, prompts, metadata).total
+
+    def ask(self, completions: list[str], prompts: list[str], metadata: list[Metadata]) -> Answer:
+        given = {name: part.reward.ask(completions, prompts, metadata).total for name, part in self.parts.items()}
+        total = [self._total({name: own[row] for name, own in given.items()}) for row in range(len(completions))]
+        return Answer(total=checked(total, len(completions)), parts=given)
+
+    def _total(self, scores: Mapping[str, Score]) -> Score:
+        """Of one completion."""
+        added = []
+        for name, score in scores.items():
+            part = self.parts[name]
+            if part.role == "audit" or score is None:
+                continue
+            if isinstance(score, Failure):
+                return score
+            added.append(part.weight * score)
+        return sum(added) if added else None
+
+
+def checked(given: Iterable[Any], count: int) -> list[Score]:
+    """``given`` as ``count`` scores. What is no finite number has failed; None and failures stay.
+
+    Raises:
+        RewardError: it is no list, or one of another length.
+    """
+    if isinstance(given, str | bytes | Mapping):
+        raise RewardError("not_a_number", f"should be a list of numbers, got {type(given).__name__}")
+    listed = list(given)
+    if len(listed) != count:
+        raise RewardError("wrong_length", f"{len(listed)} scores for {count} completions")
+    return [one if one is None or isinstance(one, Failure) else _number(one) for one in listed]
+
+
+def failure_of(error: BaseException) -> Failure:
+    if isinstance(error, RewardError):
+        return Failure(kind=error.kind, message=str(error))
+    if isinstance(error, TimeoutError):
+        return Failure(kind="timeout", message=str(error) or "timed out")
+    return Failure(kind="exception", message=f"{type(error).__name__}: {error}")
+
+
+def within(seconds: float, call: Callable[[], T]) -> T:
+    """What ``call`` returns or raises, if it does so in time.
+
+    It runs in a thread of its own. Python cannot end a thread: a call that is late goes on unheard, and does not keep
+    the program from ending.
+
+    Raises:
+        TimeoutError: it did not.
+    """
+    answers: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            answers.put((call(), None))
+        except BaseException as error:  # passed on
+            answers.put((None, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        value, error = answers.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no answer within {seconds:g} s") from None
+    if error is not None:
+        raise error
+    return value  # type: ignore[return-value]
+
+
+def _number(given: Any) -> Score:
+    try:
+        value = math.nan if isinstance(given, str | bytes) else float(given)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last: a tensor of several numbers
+        value = math.nan
+    if math.isfinite(value):
+        return value
+    return Failure(kind="not_a_number", message=f"should be a finite number, got {repr(given)[:40]}")
