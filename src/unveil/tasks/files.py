@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import random
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -72,6 +74,30 @@ def read_csv(path: str | Path, required_columns: Sequence[str]) -> list[tuple[in
     return rows
 
 
+def read_hub(
+    path: str, config: str | None, split: Split, required_keys: Sequence[str]
+) -> list[tuple[int, dict[str, Any]]]:
+    """Row number (from 1) and row of a data set of the Hugging Face hub.
+
+    Raises:
+        UserError: ``datasets`` is not installed, the data set cannot be read, or a required string is missing.
+    """
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        message = "name a local file (train_file, test_file) or pip install 'unveil[hub]'"
+        raise UserError(f"{path}: the extra is not installed; {message}") from error
+    try:
+        rows = [(number, dict(row)) for number, row in enumerate(load_dataset(path, config, split=split), start=1)]
+    except Exception as error:
+        raise UserError(f"{path}: the {split} split cannot be read: {_short(str(error).strip())}") from error
+    for number, row in rows:
+        for key in required_keys:
+            if not isinstance(row.get(key), str):
+                raise UserError(f"{path}:{number}: {key!r} must be a string")
+    return rows
+
+
 def choose_rows(rows: Sequence[Row], split: Split, count: int, seed: int, path: str | Path) -> list[Row]:
     """``count`` rows of a data file: a random choice seeded by ``seed`` for train, the first ones for test.
 
@@ -88,9 +114,11 @@ def choose_rows(rows: Sequence[Row], split: Split, count: int, seed: int, path: 
 def _read_lines(path: str | Path) -> list[str]:
     try:
         raw = Path(path).read_bytes()
+        if raw.startswith(b"\x1f\x8b"):
+            raw = gzip.decompress(raw)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
     lines = []
     for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").rstrip().split(b"\n"), start=1):

@@ -1,0 +1,145 @@
+r"""GSM8K and MATH: questions in words, answers compared by value."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+from unveil.registry import UserError
+from unveil.rewards.arithmetic import last_answer
+from unveil.rewards.mathematics import equal_answers, require
+from unveil.tasks.base import Problem, Split, Task, Verdict
+from unveil.tasks.files import choose_rows, read_hub, read_json_lines
+
+_PROMPT = r"""You are a math expert. You will be given a question to solve. Solve it step by step. \
+Wrap the final answer in a \boxed{}.
+Respond in the following format:
+<reasoning>
+Your reasoning here
+</reasoning>
+<answer>
+\boxed{...}
+</answer>
+
+{question}""".replace("\\\n", "")
+_SOFT = re.compile(r"<reasoning>.*?</reasoning>\s*<answer>.*?</answer>", re.DOTALL)
+
+
+@dataclass(kw_only=True)
+class _Maths(Task):
+    keys: ClassVar[tuple[str, str]]
+    hub_path: ClassVar[str]
+    hub_config: ClassVar[str | None] = None
+
+    train_file: str | None = None
+    """JSON lines to train on; without it the hub's data set (package ``datasets``)."""
+
+    test_file: str | None = None
+    """JSON lines to test on; without it the hub's data set. Its questions are kept out of train."""
+
+    prompt_template: str = _PROMPT
+    """The prompt; {question} is replaced."""
+
+    def __post_init__(self) -> None:
+        if "{question}" not in self.prompt_template:
+            raise UserError(f"task.prompt_template must contain {{question}}, got {self.prompt_template!r}")
+
+    def gold(self, row: dict[str, Any]) -> str:
+        """The final answer of one row; ValueError where there is none."""
+        raise NotImplementedError
+
+    def worked(self, row: dict[str, Any]) -> str:
+        """The worked solution of one row, without its final answer's mark."""
+        raise NotImplementedError
+
+    def problems(self, split: Split, count: int, seed: int) -> list[Problem]:
+        require()
+        rows = self._train if split == "train" else self._test
+        path = (self.train_file if split == "train" else self.test_file) or self.hub_path
+        return choose_rows(rows, split, count, seed, path)
+
+    def check(self, problem: Problem, completion: str) -> Verdict:
+        r"""The last ``\boxed{}`` or ``<answer>`` is the answer; without either the whole text is, which is then
+        only right where it is nothing but the answer.
+
+        ``d1_format`` is the soft format reward of d1 (arXiv 2504.12216), 0.5 or 0; ``d1_correct`` its 2 or 0.
+        """
+        correct = equal_answers(problem.answer["answer"], last_answer(completion))
+        return Verdict(
+            correct=correct,
+            score=float(correct),
+            metrics={
+                "boxed": float("\\boxed{" in completion),
+                "d1_format": 0.5 * bool(_SOFT.match(completion)),
+                "d1_correct": 2.0 * correct,
+            },
+        )
+
+    def _read(self, path: str | None, split: Split) -> list[Problem]:
+        found: dict[str, Problem] = {}
+        name = path or self.hub_path
+        hub = (self.hub_path, self.hub_config, split, self.keys)
+        for line, row in read_hub(*hub) if path is None else read_json_lines(path, self.keys):
+            question = row[self.keys[0]].strip()
+            try:
+                gold = self.gold(row)
+            except ValueError as error:
+                raise UserError(f"{name}:{line}: {error}") from error
+            solution = f"<reasoning>\n{self.worked(row)}\n</reasoning>\n<answer>\n\\boxed{{{gold}}}\n</answer>"
+            problem = Problem(
+                id=f"{type(self).__name__.lower()}-{split}-{line}",
+                prompt=self.prompt_template.replace("{question}", question),
+                answer={"answer": gold},
+                solution=solution,
+            )
+            found.setdefault(question, problem)
+        return list(found.values())
+
+    @cached_property
+    def _test(self) -> list[Problem]:
+        return self._read(self.test_file, "test")
+
+    @cached_property
+    def _train(self) -> list[Problem]:
+        rows = self._read(self.train_file, "train")
+        held_out = {problem.prompt for problem in self._test} if self.test_file is not None else set()
+        return [problem for problem in rows if problem.prompt not in held_out]
+
+
+@dataclass(kw_only=True)
+class Gsm8k(_Maths, name="gsm8k"):
+    """Grade-school word problems: ``question`` and ``answer``, which ends in ``#### 18``."""
+
+    keys = ("question", "answer")
+    hub_path = "openai/gsm8k"
+    hub_config = "main"
+
+    def gold(self, row: dict[str, Any]) -> str:
+        _, mark, answer = row["answer"].rpartition("####")
+        if not mark or not answer.strip():
+            raise ValueError("'answer' has no final answer after ####")
+        return answer.strip().replace(",", "")
+
+    def worked(self, row: dict[str, Any]) -> str:
+        return re.sub(r"<<[^<>]*>>", "", row["answer"].rpartition("####")[0]).strip()
+
+
+@dataclass(kw_only=True)
+class Math(_Maths, name="math"):
+    """MATH and MATH-500: ``problem`` and ``solution`` with the answer boxed; a string ``answer`` goes before it."""
+
+    keys = ("problem", "solution")
+    hub_path = "HuggingFaceH4/MATH-500"
+
+    def gold(self, row: dict[str, Any]) -> str:
+        answer = row.get("answer")
+        if isinstance(answer, str) and answer.strip():
+            return answer.strip()
+        if "\\boxed{" not in row["solution"]:
+            raise ValueError("'solution' has no \\boxed{} and there is no 'answer'")
+        return last_answer(row["solution"]).strip()
+
+    def worked(self, row: dict[str, Any]) -> str:
+        return str(row["solution"]).strip()
