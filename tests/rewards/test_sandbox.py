@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from pathlib import Path
 
@@ -42,8 +43,18 @@ def test_nothing_is_inherited(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen.output.strip() in ("[] []", "['LC_CTYPE'] []")
 
 
-def test_no_network_no_writing_outside_and_the_parent_lives(tmp_path: Path) -> None:
-    assert not run_python("import socket; socket.create_connection(('127.0.0.1', 9), 1)").passed
+def test_a_server_that_listens_is_never_reached() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.5)
+        call = f"import socket\nsocket.socket().connect(('127.0.0.1', {server.getsockname()[1]}))\n"
+        exec(call, {})  # from outside it can be reached
+        server.accept()[0].close()
+        assert not run_python(call).passed
+        with pytest.raises(TimeoutError):
+            server.accept()
+
+
+def test_no_writing_outside_and_the_parent_lives(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     outside = tmp_path / "escaped"
     result = run_python(f"open({str(outside)!r}, 'w')")

@@ -13,17 +13,16 @@ from unveil.rewards.mathematics import equal_answers, require
 from unveil.tasks.base import Problem, Split, Task, Verdict
 from unveil.tasks.files import choose_rows, read_hub, read_json_lines
 
-_PROMPT = r"""You are a math expert. You will be given a question to solve. Solve it step by step. \
-Wrap the final answer in a \boxed{}.
-Respond in the following format:
+_PROMPT = r"""Work out the answer to the question below, one step after the other, in this form:
 <reasoning>
-Your reasoning here
+the steps
 </reasoning>
 <answer>
-\boxed{...}
+\boxed{the final answer}
 </answer>
 
-{question}""".replace("\\\n", "")
+{question}"""
+"""The form that d1 (arXiv 2504.12216) asks for, in words of our own; its own prompt can be given as the template."""
 _SOFT = re.compile(r"<reasoning>.*?</reasoning>\s*<answer>.*?</answer>", re.DOTALL)
 
 
@@ -64,7 +63,8 @@ class _Maths(Task):
         r"""The last ``\boxed{}`` or ``<answer>`` is the answer; without either the whole text is, which is then
         only right where it is nothing but the answer.
 
-        ``d1_format`` is the soft format reward of d1 (arXiv 2504.12216), 0.5 or 0; ``d1_correct`` its 2 or 0.
+        ``d1_format`` follows the soft format reward of d1 (arXiv 2504.12216), 0.5 or 0, but lets either block have
+        several lines; ``d1_correct`` is its 2 or 0, by value where d1 compares strings.
         """
         correct = equal_answers(problem.answer["answer"], last_answer(completion))
         return Verdict(
