@@ -33,7 +33,7 @@ from unveil.samplers.schedules import Schedule
 from unveil.samplers.solvers import Solver
 from unveil.samplers.transforms import Transform
 from unveil.tasks.base import Task
-from unveil.training.policy_job import ProblemFilter
+from unveil.training.policy_config import ProblemFilter
 from unveil.training.rollouts import GroupHook, Shaping
 from unveil.training.runs import PretrainRecipe, TrainRecipe
 

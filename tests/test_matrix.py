@@ -25,7 +25,7 @@ from unveil.registry import UserError, lookup, names
 from unveil.samplers.actions import Bernoulli, DynamicPlackettLuce, PlackettLuce
 from unveil.samplers.masked import MaskedSampler
 from unveil.samplers.rules import Policy, Rule
-from unveil.training.policy_job import PolicyConfig
+from unveil.training.policy_config import PolicyConfig
 from unveil.training.runs import TrainRecipe
 
 RECIPES = Path(unveil.__file__).parent / "recipes"

@@ -24,7 +24,8 @@ from unveil.training.checkpoints import list_checkpoints, load_state
 from unveil.training.distribution import Ranks
 from unveil.training.log import LogConfig, RunLog
 from unveil.training.lora import Adapter
-from unveil.training.policy_job import PolicyConfig, PolicyEval, PolicyJob, RolloutConfig
+from unveil.training.policy_config import PolicyConfig, PolicyEval, RolloutConfig
+from unveil.training.policy_job import PolicyJob
 from unveil.training.runs import BaseModel, TrainRecipe, attach_unmask
 from unveil.training.snapshots import SnapshotConfig
 from unveil.training.trainer import CheckpointConfig, OptimConfig, Trainer

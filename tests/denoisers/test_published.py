@@ -27,7 +27,7 @@ from unveil.processes.score_entropy import Geometric, LogLinear
 from unveil.registry import UserError
 from unveil.tasks.base import Problem, Verdict
 from unveil.training.lora import Adapter, LoraSettings
-from unveil.training.policy_job import PolicyEval
+from unveil.training.policy_config import PolicyEval
 from unveil.training.runs import BaseModel, train
 
 AUTHORED = ["llada", "dream", "mdlm", "llada2", "qwen3", "sedd"]

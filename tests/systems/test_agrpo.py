@@ -15,7 +15,7 @@ from unveil.samplers.masked import MaskedSampler
 from unveil.samplers.trajectory import Trajectory
 from unveil.seeds import generator
 from unveil.systems.agrpo import Agrpo, DrawnSteps
-from unveil.training.policy_job import PolicyConfig
+from unveil.training.policy_config import PolicyConfig
 from unveil.training.rollouts import Rollouts
 from unveil.training.trainer import OptimConfig
 

@@ -26,7 +26,8 @@ from unveil.samplers.schedules import Doubling, Even
 from unveil.samplers.trajectory import Trajectory
 from unveil.samplers.transforms import Transform
 from unveil.systems.cj_grpo import CjGrpo, Eoser
-from unveil.training.policy_job import PolicyConfig, PolicyJob
+from unveil.training.policy_config import PolicyConfig
+from unveil.training.policy_job import PolicyJob
 from unveil.training.rollouts import Rollouts
 from unveil.training.trainer import OptimConfig
 

@@ -27,7 +27,8 @@ from unveil.samplers.trajectory import Trajectory
 from unveil.seeds import generator
 from unveil.systems.dcolt import Dcolt, UnmaskingPolicyModule, ValidMean
 from unveil.tasks.base import Problem, Verdict
-from unveil.training.policy_job import PolicyConfig, PolicyJob
+from unveil.training.policy_config import PolicyConfig
+from unveil.training.policy_job import PolicyJob
 from unveil.training.runs import attach_unmask, choose_trained
 from unveil.training.trainer import OptimConfig
 

@@ -21,7 +21,8 @@ from unveil.samplers.trajectory import Trajectory
 from unveil.seeds import generator
 from unveil.systems.igpo import HintEntropy, Igpo, Inpaint, cut, reveal, spread
 from unveil.systems.mdpo import Mdpo
-from unveil.training.policy_job import PolicyConfig, PolicyJob
+from unveil.training.policy_config import PolicyConfig
+from unveil.training.policy_job import PolicyJob
 from unveil.training.rollouts import Rollouts
 
 TAU = 0.7

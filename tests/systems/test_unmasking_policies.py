@@ -30,7 +30,8 @@ from unveil.seeds import generator
 from unveil.systems.unmasking_policies import ConfidencePolicy, Experts, Speed, UnmaskingPolicies
 from unveil.tasks.base import Problem
 from unveil.tasks.evaluate import evaluate, judge, sample_problems
-from unveil.training.policy_job import PolicyConfig, PolicyJob
+from unveil.training.policy_config import PolicyConfig
+from unveil.training.policy_job import PolicyJob
 from unveil.training.runs import BaseModel, choose_trained, train
 from unveil.training.trainer import OptimConfig
 

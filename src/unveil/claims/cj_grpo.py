@@ -60,7 +60,8 @@ from unveil.tasks.evaluate import evaluate, judge, sample_problems
 from unveil.tasks.running_sum import RunningSum
 from unveil.tasks.sudoku import Sudoku
 from unveil.training.denoising_job import DenoisingConfig, MixedTask
-from unveil.training.policy_job import PolicyConfig, PolicyJob, RolloutConfig
+from unveil.training.policy_config import PolicyConfig, RolloutConfig
+from unveil.training.policy_job import PolicyJob
 
 DIGITS, CANVAS, BLOCK = 8, 24, 4
 SHIFTED = 16

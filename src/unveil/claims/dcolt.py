@@ -58,7 +58,8 @@ from unveil.systems.dcolt import Dcolt, UnmaskingPolicyModule
 from unveil.tasks.base import Problem
 from unveil.tasks.evaluate import evaluate, sample_problems
 from unveil.training.denoising_job import DenoisingConfig, MixedTask
-from unveil.training.policy_job import PolicyConfig, PolicyJob, RolloutConfig
+from unveil.training.policy_config import PolicyConfig, RolloutConfig
+from unveil.training.policy_job import PolicyJob
 from unveil.training.runs import attach_unmask, choose_trained
 
 BLANKS, STEPS = 10, 5

@@ -63,7 +63,8 @@ from unveil.tasks.base import Problem, Split, Task, Verdict
 from unveil.tasks.evaluate import evaluate
 from unveil.tasks.running_sum import RunningSum
 from unveil.training.denoising_job import DenoisingConfig, MixedTask
-from unveil.training.policy_job import PolicyConfig, PolicyJob, RolloutConfig
+from unveil.training.policy_config import PolicyConfig, RolloutConfig
+from unveil.training.policy_job import PolicyJob
 
 STATES, ANSWER, SHARPNESS = 16, 128, 3.0
 SHORTER = (32, 64)

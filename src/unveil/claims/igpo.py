@@ -62,7 +62,8 @@ from unveil.tasks.base import Problem, Split
 from unveil.tasks.evaluate import evaluate
 from unveil.tasks.running_sum import RunningSum, split_of
 from unveil.training.denoising_job import DenoisingConfig, MixedTask
-from unveil.training.policy_job import PolicyConfig, PolicyJob, RolloutConfig
+from unveil.training.policy_config import PolicyConfig, RolloutConfig
+from unveil.training.policy_job import PolicyJob
 
 LENGTH, MODULUS, COMMON, ANY = 10, 4, 2, 0.2
 BASE_ACCURACY = 0.2

@@ -21,7 +21,8 @@ from unveil.denoisers.base import MaskedDenoiser
 from unveil.training.denoising_job import DenoisingConfig, DenoisingEval, DenoisingJob
 from unveil.training.distribution import Ranks
 from unveil.training.log import LogConfig, RunLog
-from unveil.training.policy_job import PolicyConfig, PolicyEval, PolicyJob
+from unveil.training.policy_config import PolicyConfig, PolicyEval
+from unveil.training.policy_job import PolicyJob
 from unveil.training.snapshots import SnapshotConfig
 from unveil.training.trainer import CheckpointConfig, OptimConfig, Trainer
 

@@ -46,7 +46,8 @@ from unveil.tasks.base import Task
 from unveil.tasks.evaluate import evaluate
 from unveil.tasks.running_sum import RunningSum
 from unveil.training.denoising_job import DenoisingConfig, MixedTask
-from unveil.training.policy_job import PolicyConfig, PolicyJob, RolloutConfig
+from unveil.training.policy_config import PolicyConfig, RolloutConfig
+from unveil.training.policy_job import PolicyJob
 
 LENGTH, STEPS = 8, 4
 LEARNING_RATES = (3e-5, 1e-4, 3e-4)

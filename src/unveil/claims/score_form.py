@@ -47,7 +47,7 @@ from unveil.systems.dcolt import Dcolt
 from unveil.tasks.base import Problem
 from unveil.tasks.evaluate import evaluate, sample_problems
 from unveil.training.denoising_job import DenoisingConfig, MixedTask
-from unveil.training.policy_job import PolicyConfig, RolloutConfig
+from unveil.training.policy_config import PolicyConfig, RolloutConfig
 
 BLANKS, STEPS = 10, 8
 DIM = 64

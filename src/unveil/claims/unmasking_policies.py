@@ -49,7 +49,8 @@ from unveil.systems.unmasking_policies import ConfidencePolicy, Experts, Speed, 
 from unveil.tasks.evaluate import evaluate
 from unveil.tasks.pointer_chase import PointerChase
 from unveil.training.denoising_job import DenoisingConfig, MixedTask
-from unveil.training.policy_job import PolicyConfig, PolicyJob, RolloutConfig
+from unveil.training.policy_config import PolicyConfig, RolloutConfig
+from unveil.training.policy_job import PolicyJob
 from unveil.training.runs import attach_unmask, choose_trained
 
 LENGTH, LONGER, BLOCK = 12, 18, 4

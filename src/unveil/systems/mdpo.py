@@ -39,7 +39,7 @@ from unveil.samplers.base import Sampler
 from unveil.samplers.trajectory import Trajectory
 from unveil.systems import System
 from unveil.tasks.evaluate import Judged, over_denoised
-from unveil.training.policy_job import ProblemFilter
+from unveil.training.policy_config import ProblemFilter
 
 SYSTEM = System(
     name="mdpo",

@@ -6,128 +6,30 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from unveil.learning.advantages import Advantage, GroupAdvantage, terminal
-from unveil.learning.likelihoods import Inner, Likelihood, Scores, TokenFilter, TrajectoryLikelihood, Views, without
-from unveil.learning.objectives import Clipped, Kl, Objective, TokenMean, Weighting, unit_of
-from unveil.learning.selectors import AllSteps, Selector
-from unveil.registry import Plugin, UserError
-from unveil.rewards.base import Correct, Reward
+from unveil.learning.advantages import Advantage, terminal
+from unveil.learning.likelihoods import Inner, Scores, Views, without
+from unveil.learning.objectives import unit_of
+from unveil.registry import UserError
 from unveil.samplers.base import Sampler
 from unveil.samplers.masked import MaskedSampler
 from unveil.samplers.text import encode_prompts
 from unveil.seeds import derive_seed, generator
-from unveil.tasks.base import Problem, Task
-from unveil.tasks.evaluate import Judged, evaluate, judge, over_denoised, sample_problems
+from unveil.tasks.base import Problem
+from unveil.tasks.evaluate import evaluate, judge, over_denoised, sample_problems
 from unveil.training.log import RunLog
+from unveil.training.policy_config import PolicyConfig, PolicyEval, ProblemFilter
 from unveil.training.records import sample_records, trajectory_records
 from unveil.training.rewarding import Rewarded, RewardsLost, reward_chains
-from unveil.training.rollouts import GroupHook, Rollouts, Shaping
+from unveil.training.rollouts import Rollouts
 from unveil.training.trainer import Optimise, Trainer
 
 LOST_UPDATES = 3
 """Updates in a row without a single score after which a run stops."""
-
-
-class ProblemFilter(Plugin, family="filter"):
-    """Chooses the problems of an epoch by what the present policy does with them."""
-
-    pool: Annotated[int, Field(ge=1)]
-    """Candidates per epoch."""
-    every: Annotated[int, Field(ge=1)]
-    """Updates per epoch."""
-    decoder: Sampler
-    """How candidates are decoded."""
-
-    def keep(self, judged: Judged) -> Tensor:
-        """(B,) True at problems to train on."""
-        raise NotImplementedError
-
-
-@dataclass(kw_only=True)
-class RolloutConfig:
-    """How samples are drawn for training."""
-
-    sampler: Sampler
-    """The decoder; its temperature is also that of the log-probabilities."""
-    response_length: Annotated[int, Field(ge=1)] = 12
-    """Response positions."""
-    prompts: Annotated[int, Field(ge=1)] = 16
-    """Problems per update."""
-    group_size: Annotated[int, Field(ge=2)] = 8
-    """Rollouts per problem: one group."""
-    block_lengths: list[int] = field(default_factory=list)
-    """If given, every update draws one of these block lengths for all its rollouts (MDPO's mixture)."""
-    batch_size: Annotated[int, Field(ge=1)] = 256
-    """Rows per network call."""
-
-
-@dataclass(kw_only=True)
-class PolicyConfig:
-    """A method: five small choices and the task that they are made for."""
-
-    task: Task
-    """Problems and verifier."""
-    reward: Reward = field(default_factory=Correct)
-    """What is optimised. Accuracy and the task's shaped score are logged whatever it is."""
-    shaping: Shaping | None = None
-    """Changes the reward by how the chain came about; None: it stays."""
-    rollout: RolloutConfig
-    """How samples are drawn."""
-    filter: ProblemFilter | None = None
-    """Which problems are worth training on; None: all."""
-    groups: GroupHook | None = None
-    """Repairs or extends groups before advantages are taken; None: they stay as sampled."""
-    advantage: Advantage = field(default_factory=GroupAdvantage)
-    """What was good."""
-    selector: Selector = field(default_factory=AllSteps)
-    """Which steps are trained on (for likelihoods that have steps)."""
-    likelihood: Likelihood = field(default_factory=TrajectoryLikelihood)
-    """What stands in for log p."""
-    token_filter: TokenFilter | None = None
-    """Which tokens count, by the entropy of the policy that drew them; None: all."""
-    objective: Objective = field(default_factory=Clipped)
-    """How it becomes a loss."""
-    weighting: Weighting = field(default_factory=TokenMean)
-    """Who is averaged over what."""
-    kl: Kl = field(default_factory=Kl)
-    """What holds the policy back."""
-    inner_updates: Annotated[int, Field(ge=1)] = 1
-    """Gradient steps on the same rollouts, with stored old log-probabilities."""
-
-    def __post_init__(self) -> None:
-        advantage, likelihood = self.advantage, self.likelihood
-        if not advantage.per_step:
-            return
-        if self.objective.level == "sequence":
-            raise UserError(
-                f"objective.level: 'sequence' takes one advantage per chain, and {advantage.name!r} gives one per step "
-                "(allowed: token, part, step)"
-            )
-        if not likelihood.per_step:
-            raise UserError(
-                f"likelihood: {likelihood.name!r} takes one advantage per chain, and {advantage.name!r} gives one per "
-                "step (allowed: a likelihood of steps, such as trajectory)"
-            )
-
-
-@dataclass(kw_only=True)
-class PolicyEval:
-    """How progress is measured: held-out problems, decoded greedily."""
-
-    every: Annotated[int, Field(ge=1)] = 25
-    """Updates between two evaluations."""
-    problems: Annotated[int, Field(ge=1)] = 512
-    """Held-out problems."""
-    decoders: dict[str, Sampler]
-    """Named ways to decode."""
-    shown: Annotated[int, Field(ge=0)] = 8
-    """Problems whose completions and trajectories are kept for the report, the same at every evaluation."""
 
 
 class PolicyJob:

@@ -1,0 +1,116 @@
+"""What a policy method is made of: the recipe's part that `PolicyJob` carries out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from pydantic import Field
+from torch import Tensor
+
+from unveil.learning.advantages import Advantage, GroupAdvantage
+from unveil.learning.likelihoods import Likelihood, TokenFilter, TrajectoryLikelihood
+from unveil.learning.objectives import Clipped, Kl, Objective, TokenMean, Weighting
+from unveil.learning.selectors import AllSteps, Selector
+from unveil.registry import Plugin, UserError
+from unveil.rewards.base import Correct, Reward
+from unveil.samplers.base import Sampler
+from unveil.tasks.base import Task
+from unveil.tasks.evaluate import Judged
+from unveil.training.rollouts import GroupHook, Shaping
+
+
+class ProblemFilter(Plugin, family="filter"):
+    """Chooses the problems of an epoch by what the present policy does with them."""
+
+    pool: Annotated[int, Field(ge=1)]
+    """Candidates per epoch."""
+    every: Annotated[int, Field(ge=1)]
+    """Updates per epoch."""
+    decoder: Sampler
+    """How candidates are decoded."""
+
+    def keep(self, judged: Judged) -> Tensor:
+        """(B,) True at problems to train on."""
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True)
+class RolloutConfig:
+    """How samples are drawn for training."""
+
+    sampler: Sampler
+    """The decoder; its temperature is also that of the log-probabilities."""
+    response_length: Annotated[int, Field(ge=1)] = 12
+    """Response positions."""
+    prompts: Annotated[int, Field(ge=1)] = 16
+    """Problems per update."""
+    group_size: Annotated[int, Field(ge=2)] = 8
+    """Rollouts per problem: one group."""
+    block_lengths: list[int] = field(default_factory=list)
+    """If given, every update draws one of these block lengths for all its rollouts (MDPO's mixture)."""
+    batch_size: Annotated[int, Field(ge=1)] = 256
+    """Rows per network call."""
+
+
+@dataclass(kw_only=True)
+class PolicyConfig:
+    """A method: five small choices and the task that they are made for."""
+
+    task: Task
+    """Problems and verifier."""
+    reward: Reward = field(default_factory=Correct)
+    """What is optimised. Accuracy and the task's shaped score are logged whatever it is."""
+    shaping: Shaping | None = None
+    """Changes the reward by how the chain came about; None: it stays."""
+    rollout: RolloutConfig
+    """How samples are drawn."""
+    filter: ProblemFilter | None = None
+    """Which problems are worth training on; None: all."""
+    groups: GroupHook | None = None
+    """Repairs or extends groups before advantages are taken; None: they stay as sampled."""
+    advantage: Advantage = field(default_factory=GroupAdvantage)
+    """What was good."""
+    selector: Selector = field(default_factory=AllSteps)
+    """Which steps are trained on (for likelihoods that have steps)."""
+    likelihood: Likelihood = field(default_factory=TrajectoryLikelihood)
+    """What stands in for log p."""
+    token_filter: TokenFilter | None = None
+    """Which tokens count, by the entropy of the policy that drew them; None: all."""
+    objective: Objective = field(default_factory=Clipped)
+    """How it becomes a loss."""
+    weighting: Weighting = field(default_factory=TokenMean)
+    """Who is averaged over what."""
+    kl: Kl = field(default_factory=Kl)
+    """What holds the policy back."""
+    inner_updates: Annotated[int, Field(ge=1)] = 1
+    """Gradient steps on the same rollouts, with stored old log-probabilities."""
+
+    def __post_init__(self) -> None:
+        advantage, likelihood = self.advantage, self.likelihood
+        if not advantage.per_step:
+            return
+        if self.objective.level == "sequence":
+            raise UserError(
+                f"objective.level: 'sequence' takes one advantage per chain, and {advantage.name!r} gives one per step "
+                "(allowed: token, part, step)"
+            )
+        if not likelihood.per_step:
+            raise UserError(
+                f"likelihood: {likelihood.name!r} takes one advantage per chain, and {advantage.name!r} gives one per "
+                "step (allowed: a likelihood of steps, such as trajectory)"
+            )
+
+
+@dataclass(kw_only=True)
+class PolicyEval:
+    """How progress is measured: held-out problems, decoded greedily."""
+
+    every: Annotated[int, Field(ge=1)] = 25
+    """Updates between two evaluations."""
+    problems: Annotated[int, Field(ge=1)] = 512
+    """Held-out problems."""
+    decoders: dict[str, Sampler]
+    """Named ways to decode."""
+    shown: Annotated[int, Field(ge=0)] = 8
+    """Problems whose completions and trajectories are kept for the report, the same at every evaluation."""
