@@ -230,11 +230,12 @@ class _Chains:
         score = seen = torch.full(holes.shape, -torch.inf, device=holes.device).masked_scatter_(read, scores)
         if read is not open_holes:
             updated = torch.where(open_holes | self.again, guess, response)
-        done = torch.full_like(self.rows, step)
         view = StepView(
             open=open_holes, score=score, remain=slot.remain, last=slot.last, step=slot.step, steps=slot.steps,
-            done=done, planned=self.planned[self.rows], noise=noise,
+            noise=noise,
         )  # fmt: skip
+        if sampler.transform is not None or self.network is not None:  # nobody else asks where the chain is
+            view.done, view.planned = torch.full_like(self.rows, step), self.planned[self.rows]
         if sampler.transform is not None:
             score = seen = sampler.transform.apply(score, guess, view, self.denoiser.spec)
         if read is not open_holes:

@@ -35,7 +35,7 @@ class StepView:
         remain: (b,) how many of the open blocks' positions the schedule wants to be holes after this step.
         last: (b,) True at the last step that the schedule has for this block.
         step, steps: (b,) the step's place within its block, from 0, and the block's number of steps.
-        done, planned: (b,) the same for the whole chain; rules that set their own pace have no others.
+        done, planned: (b,) the same for the whole chain; None where neither a transform nor a network asks.
         noise: (b, channels, R) float64 uniforms of this step; None where the rule asks for none.
         preference: (b, R) logits of a learned rule's network; None for other rules.
         order: (b, R) set by a learned rule: 0 where a position stays, else its rank from 1.
