@@ -25,6 +25,7 @@ from unveil.denoisers.pretrained import PretrainedDenoiser
 from unveil.learning.objectives import Kl
 from unveil.processes.score_entropy import Geometric, LogLinear
 from unveil.registry import UserError
+from unveil.rewards.base import Shaped
 from unveil.tasks.base import Problem, Verdict
 from unveil.training.lora import Adapter, LoraSettings
 from unveil.training.policy_config import PolicyEval
@@ -564,7 +565,7 @@ def test_a_published_folder_learns_by_mdpo_and_is_saved_in_its_format(
     base = BaseModel(path=str(folders["llada"]), chat=True, gradient_checkpointing=True)
     if lora:
         base.lora, base.dtype = LoraSettings(rank=2, alpha=4), "bf16"
-    config = {"task": Early(), "reward": "score"}
+    config = {"task": Early(), "reward": Shaped()}
     evaluation = PolicyEval(every=2, problems=2, decoders={})
     recipe = tiny.recipe(tmp_path, "mdpo", 2, policy=config, eval=evaluation, model=base)
     assert train(recipe, tmp_path / "run")
@@ -582,7 +583,7 @@ def test_a_published_folder_learns_by_mdpo_and_is_saved_in_its_format(
 def test_a_resumed_run_equals_an_uninterrupted_one_with_tied_weights(folders: dict[str, Path], tmp_path: Path) -> None:
     def recipe(updates: int) -> Any:
         evaluation = PolicyEval(every=9, problems=2, decoders={})
-        config = {"task": Early(), "reward": "score", "kl": Kl(beta=0.1)}
+        config = {"task": Early(), "reward": Shaped(), "kl": Kl(beta=0.1)}
         model = BaseModel(path=str(folders["qwen3"]))
         return tiny.recipe(tmp_path, "mdpo", updates, policy=config, eval=evaluation, model=model)
 
