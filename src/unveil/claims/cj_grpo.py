@@ -41,7 +41,7 @@ from unveil.claims.laboratory import (
     two_processes,
     verdict,
 )
-from unveil.claims.slots import SlotDenoiser
+from unveil.claims.slots import SlotDenoiser, train_sums
 from unveil.denoisers.base import MaskedDenoiser
 from unveil.denoisers.load import load_denoiser
 from unveil.learning.advantages import GroupAdvantage
@@ -299,16 +299,7 @@ def _ass_check(name: str, results: list[Measured]) -> Measured:
 
 def _chain(out: Path, seed: int) -> Measured:
     """Train the network of running sums until it passes 58 % greedy in 4 steps."""
-    task = RunningSum(length=CHAIN)
-    denoiser = SlotDenoiser(words=3, prompt=CHAIN, response=CHAIN)
-    denoiser.initialise(generator(seed, "slots"))
-    data = DenoisingConfig(tasks=[MixedTask(task=task)], response_length=CHAIN, batch=64)
-    check = task.problems("test", 400, 1)
-
-    def score() -> float:
-        return evaluate(denoiser, task, check, MaskedSampler(steps=STEPS), response_length=CHAIN).accuracy
-
-    return train_to(denoiser, data, out / f"chain-{seed}", seed=seed, goal=0.58, score=score)
+    return train_sums(out / f"chain-{seed}", RunningSum(length=CHAIN), CHAIN, CHAIN, seed, goal=0.58, steps=STEPS)
 
 
 def _policy(out: Path, seed: int, method: str, lr: float, updates: int) -> Measured:

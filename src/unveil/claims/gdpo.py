@@ -45,7 +45,7 @@ from unveil.claims.laboratory import (
     two_processes,
     verdict,
 )
-from unveil.claims.slots import SlotDenoiser
+from unveil.claims.slots import SlotDenoiser, train_sums
 from unveil.denoisers.load import load_denoiser
 from unveil.denoisers.tokenizer import TextTokenizer
 from unveil.denoisers.transformer import TransformerConfig, TransformerDenoiser
@@ -163,16 +163,7 @@ def reproduce(seeds: int, quick: bool, out: Path, report: Callable[[str], None])
 def _network(out: Path, name: str) -> Measured:
     """Train the network of check 1 (``chain``) or 2 (``sums``)."""
     if name == "sums":
-        sums = RunningSum(length=LENGTH)
-        slots = SlotDenoiser(words=3, prompt=LENGTH, response=LENGTH)
-        slots.initialise(generator(0, "slots"))
-        held_out = sums.problems("test", 400, 1)
-
-        def accuracy() -> float:
-            return evaluate(slots, sums, held_out, MaskedSampler(steps=STEPS), response_length=LENGTH).accuracy
-
-        data = DenoisingConfig(tasks=[MixedTask(task=sums)], response_length=LENGTH, batch=64)
-        return train_to(slots, data, out / "sums", seed=0, goal=0.58, score=accuracy)
+        return train_sums(out / "sums", RunningSum(length=LENGTH), LENGTH, LENGTH, 0, goal=0.58, steps=STEPS)
     task = MarkovChain()
     shape = TransformerConfig(dim=32, layers=2, heads=4, hidden=64, context_length=ANSWER + 1, rope_base=100.0)
     denoiser = TransformerDenoiser(shape, TextTokenizer.of_words([str(state) for state in range(STATES)]))

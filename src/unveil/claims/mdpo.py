@@ -30,22 +30,18 @@ from unveil.claims.laboratory import (
     spread,
     total_cost,
     train_policy,
-    train_to,
     two_processes,
     verdict,
 )
-from unveil.claims.slots import SlotDenoiser
+from unveil.claims.slots import SlotDenoiser, train_sums
 from unveil.learning.objectives import Kl
 from unveil.learning.selectors import AllSteps, TopAdvantage
 from unveil.samplers.masked import MaskedSampler
 from unveil.samplers.rules import LowConfidence, RunningConfidence
-from unveil.seeds import generator
 from unveil.systems.diffu_grpo import DiffuGrpo
 from unveil.systems.mdpo import Mdpo, StepImprovement
-from unveil.tasks.base import Task
 from unveil.tasks.evaluate import evaluate
 from unveil.tasks.running_sum import RunningSum
-from unveil.training.denoising_job import DenoisingConfig, MixedTask
 from unveil.training.policy_config import PolicyConfig, RolloutConfig
 from unveil.training.policy_job import PolicyJob
 
@@ -112,27 +108,9 @@ def reproduce(seeds: int, quick: bool, out: Path, report: Callable[[str], None])
 
 def _chain_network(out: Path, seed: int, length: int) -> Measured:
     """Train the chain network of a seed until it passes 58 % greedy in 4 steps."""
-    return _network(
-        out / f"chain-{length}-{seed}",
-        RunningSum(length=length),
-        length,
-        length,
-        seed,
-        goal=0.58,
-        steps=length // 2,
-    )
-
-
-def _network(folder: Path, task: Task, prompt: int, response: int, seed: int, *, goal: float, steps: int) -> Measured:
-    denoiser = SlotDenoiser(words=3, prompt=prompt, response=response)
-    denoiser.initialise(generator(seed, "slots"))
-    data = DenoisingConfig(tasks=[MixedTask(task=task)], response_length=response, batch=64)
-    held_out = task.problems("test", SHORTER_HELD_OUT if prompt == SHORTER else 400, 1)
-
-    def score() -> float:
-        return evaluate(denoiser, task, held_out, MaskedSampler(steps=steps), response_length=response).accuracy
-
-    return train_to(denoiser, data, folder, seed=seed, goal=goal, score=score)
+    problems = SHORTER_HELD_OUT if length == SHORTER else 400
+    folder, task = out / f"chain-{length}-{seed}", RunningSum(length=length)
+    return train_sums(folder, task, length, length, seed, goal=0.58, steps=length // 2, problems=problems)
 
 
 def _policy(out: Path, seed: int, method: str, lr: float, updates: int) -> Measured:
@@ -200,7 +178,7 @@ def _answer_first(out: Path, seed: int) -> Measured:
     task = RunningSum(length=LENGTH, answer_first=True)
     response = LENGTH + 1
     folder = out / f"answer-first-{seed}"
-    network = _network(folder, task, LENGTH, response, seed, goal=0.90, steps=5)
+    network = train_sums(folder, task, LENGTH, response, seed, goal=0.90, steps=5)
     denoiser = SlotDenoiser(words=3, prompt=LENGTH, response=response).load(folder)
     held_out = task.problems("test", HELD_OUT, 0)
     result: Measured = {"updates": network["updates"]}

@@ -14,9 +14,15 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from unveil.claims.laboratory import Measured, train_to
 from unveil.denoisers.base import DenoiserSpec, MaskedDenoiser
 from unveil.denoisers.tokenizer import END, MASK, PAD, UNKNOWN, TextTokenizer
 from unveil.denoisers.transformer import Block, TransformerConfig, load_weights
+from unveil.samplers.masked import MaskedSampler
+from unveil.seeds import generator
+from unveil.tasks.base import Task
+from unveil.tasks.evaluate import evaluate
+from unveil.training.denoising_job import DenoisingConfig, MixedTask
 
 
 class SlotDenoiser(MaskedDenoiser):
@@ -95,3 +101,19 @@ class SlotDenoiser(MaskedDenoiser):
     def load(self, folder: Path) -> SlotDenoiser:
         load_weights(self, folder / "model.safetensors")
         return self
+
+
+def train_sums(
+    folder: Path, task: Task, prompt: int, response: int, seed: int, *, goal: float, steps: int, problems: int = 400
+) -> Measured:
+    """Train a network of ``seed`` on a task of sums mod 3 until greedy decoding in ``steps`` steps is right in a share
+    ``goal`` of ``problems`` held-out problems; it is written to ``folder``."""
+    denoiser = SlotDenoiser(words=3, prompt=prompt, response=response)
+    denoiser.initialise(generator(seed, "slots"))
+    data = DenoisingConfig(tasks=[MixedTask(task=task)], response_length=response, batch=64)
+    held_out = task.problems("test", problems, 1)
+
+    def score() -> float:
+        return evaluate(denoiser, task, held_out, MaskedSampler(steps=steps), response_length=response).accuracy
+
+    return train_to(denoiser, data, folder, seed=seed, goal=goal, score=score)
