@@ -202,6 +202,16 @@ def generative_perplexity(judge: Callable[[Tensor], Tensor], ids: Tensor, counte
     return GenerativeQuality(perplexity=math.exp(-float(mean)), sample_entropy=float(entropy))
 
 
+def chain_copies(problems: Sequence[Problem]) -> list[int]:
+    """How often each chain's problem was listed before it."""
+    copies: dict[str, int] = {}
+    found = []
+    for problem in problems:
+        copies[problem.id] = copies.get(problem.id, -1) + 1
+        found.append(copies[problem.id])
+    return found
+
+
 def sample_problems(
     denoiser: MaskedDenoiser,
     problems: Sequence[Problem],
@@ -212,20 +222,19 @@ def sample_problems(
     needs: set[str],
     batch_size: int | None = None,
     on_batch: Callable[[int], None] | None = None,
+    copies: Sequence[int] | None = None,
     initial: Sequence[Sequence[int]] | None = None,
     frozen: Sequence[Sequence[bool]] | None = None,
 ) -> Trajectory:
     """One chain per problem; a problem that is listed G times gets G chains with noise of their own.
 
-    ``initial`` and ``frozen`` say where responses start (`Canvas.of`).
+    ``copies`` numbers the chains of a problem if these are not all of them (None: `chain_copies`). ``initial`` and
+    ``frozen`` say where responses start (`Canvas.of`).
     """
     prompts = encode_prompts(denoiser, [p.prompt for p in problems])
     canvas = Canvas.of(prompts, response_length, denoiser.spec, initial=initial, frozen=frozen)
-    copies: dict[str, int] = {}
-    seeds = []
-    for problem in problems:
-        copies[problem.id] = copies.get(problem.id, -1) + 1
-        seeds.append(derive_seed(seed, problem.id, copies[problem.id]))
+    copies = chain_copies(problems) if copies is None else copies
+    seeds = [derive_seed(seed, problem.id, copy) for problem, copy in zip(problems, copies, strict=True)]
     was_training = denoiser.training
     denoiser.eval()
     try:

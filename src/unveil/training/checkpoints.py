@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,7 +149,9 @@ def load_state(path: Path, shards: Shards | None = None) -> dict[str, Any]:
             import torch.distributed.checkpoint as dcp
 
             file = path / SHARDS
-            dcp.load(split, storage_reader=dcp.HuggingFaceStorageReader(str(file)), no_dist=shards is None)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "torch.distributed is disabled")  # by one process, as it should be
+                dcp.load(split, storage_reader=dcp.HuggingFaceStorageReader(str(file)), no_dist=shards is None)
         return state
     except FileNotFoundError as error:
         raise UserError(f"{file}: no such file") from error

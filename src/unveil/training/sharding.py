@@ -55,10 +55,10 @@ class Shards:
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
         if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
-            raise UserError(f"distributed.shard: {shard!r} needs a newer torch than {torch.__version__} (allowed: none)")
+            raise UserError(f"distributed.shard: {shard!r} needs a torch newer than {torch.__version__}")
         rule = set() if denoiser.unmask is None else set(denoiser.unmask.parameters())
         if not any(p.requires_grad for p in denoiser.parameters() if p not in rule):
-            raise UserError(f"distributed.shard: {shard!r} splits what is trained, and the denoiser is not (allowed: none)")
+            raise UserError(f"distributed.shard: {shard!r} splits a denoiser that is trained (allowed here: none)")
         nodes, kind = ranks.world // ranks.per_node, ranks.device.type
         if shard == "node" and nodes > 1:
             mesh = init_device_mesh(kind, (nodes, ranks.per_node), mesh_dim_names=("node", "rank"))
@@ -82,19 +82,19 @@ class Shards:
             part.set_reduce_scatter_unused_params(True, recurse=False)
         self.root.set_reshard_after_backward(False, recurse=False)
         self.calls = 0
-        self._count(denoiser)
+        self._count(self.root)
         with torch.no_grad():
-            denoiser.idle()  # the first pass tells torch which part is the root
+            self.root.idle()  # the first pass tells torch which part is the root
         self.split()
 
-    def _count(self, denoiser: MaskedDenoiser) -> None:
+    def _count(self, denoiser: Any) -> None:
         inner = denoiser.features
 
         def features(*args: Any, **kwargs: Any) -> Tensor:
             self.calls += 1
             return inner(*args, **kwargs)
 
-        denoiser.features = features  # type: ignore[method-assign]
+        denoiser.features = features
 
     def join(self) -> None:
         """Gather all weights on every rank."""
