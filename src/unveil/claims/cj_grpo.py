@@ -46,7 +46,8 @@ from unveil.denoisers.base import MaskedDenoiser
 from unveil.denoisers.load import load_masked
 from unveil.learning.advantages import GroupAdvantage
 from unveil.learning.likelihoods import OneStepLikelihood
-from unveil.learning.objectives import Kl, TokenMean, TokenSum
+from unveil.learning.objectives import TokenMean, TokenSum
+from unveil.learning.regularisers import Kl
 from unveil.samplers.masked import MaskedSampler
 from unveil.samplers.schedules import Doubling
 from unveil.seeds import generator
