@@ -16,6 +16,7 @@ from unveil.samplers.text import encode_prompts, response_texts
 from unveil.samplers.trajectory import Trajectory
 from unveil.seeds import derive_seed
 from unveil.tasks.base import Problem, Task, Verdict
+from unveil.tasks.statistics import wilson
 
 
 @dataclass(kw_only=True)
@@ -202,6 +203,16 @@ def generative_perplexity(judge: Callable[[Tensor], Tensor], ids: Tensor, counte
     return GenerativeQuality(perplexity=math.exp(-float(mean)), sample_entropy=float(entropy))
 
 
+def chain_seeds(problems: Sequence[Problem], seed: int) -> list[int]:
+    """One seed per chain: of the run's seed, the problem, and how often it was listed before."""
+    copies: dict[str, int] = {}
+    seeds = []
+    for problem in problems:
+        copies[problem.id] = copies.get(problem.id, -1) + 1
+        seeds.append(derive_seed(seed, problem.id, copies[problem.id]))
+    return seeds
+
+
 def sample_problems(
     denoiser: MaskedDenoiser,
     problems: Sequence[Problem],
@@ -221,23 +232,10 @@ def sample_problems(
     """
     prompts = encode_prompts(denoiser, [p.prompt for p in problems])
     canvas = Canvas.of(prompts, response_length, denoiser.spec, initial=initial, frozen=frozen)
-    copies: dict[str, int] = {}
-    seeds = []
-    for problem in problems:
-        copies[problem.id] = copies.get(problem.id, -1) + 1
-        seeds.append(derive_seed(seed, problem.id, copies[problem.id]))
+    seeds = chain_seeds(problems, seed)
     was_training = denoiser.training
     denoiser.eval()
     try:
         return sampler.sample(denoiser, canvas, seeds, needs=needs, batch_size=batch_size, on_batch=on_batch)
     finally:
         denoiser.train(was_training)
-
-
-def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson score interval of a proportion."""
-    p = successes / trials
-    centre = p + z * z / (2 * trials)
-    spread = z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
-    scale = 1 + z * z / trials
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
