@@ -46,7 +46,7 @@ from unveil.claims.laboratory import (
     verdict,
 )
 from unveil.claims.slots import SlotDenoiser, train_sums
-from unveil.denoisers.load import load_denoiser
+from unveil.denoisers.load import load_masked
 from unveil.denoisers.tokenizer import TextTokenizer
 from unveil.denoisers.transformer import TransformerConfig, TransformerDenoiser
 from unveil.learning.denoising import corrupt, elbo_loss
@@ -201,7 +201,7 @@ def _answers(denoiser: TransformerDenoiser, length: int, count: int, seed: int) 
 @torch.no_grad()
 def _estimates(out: Path, length: int, part: int, draws: int) -> Measured:
     """Share of time in the variance, and errors of all estimators, for 25 answers of ``length`` tokens."""
-    denoiser = load_denoiser(out / "chain").eval()
+    denoiser = load_masked(out / "chain").eval()
     assert isinstance(denoiser, TransformerDenoiser)
     answers = _answers(denoiser, length, PART, 1 + part)
 

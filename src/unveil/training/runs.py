@@ -241,7 +241,7 @@ def _draft_log(run: Path) -> RunLog:
     return RunLog(run, LogConfig(tensorboard=False))
 
 
-def _new_denoiser(model: NewModel, seed: int) -> MaskedDenoiser:
+def _new_denoiser(model: NewModel, seed: int) -> Denoiser:
     if model.path is not None:
         return load_denoiser(model.path)
     words = [str(number) for number in range(model.largest_number + 1)] + model.words
