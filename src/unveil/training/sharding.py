@@ -19,13 +19,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from unveil.denoisers.base import MaskedDenoiser
+from unveil.denoisers.base import Denoiser, MaskedDenoiser
 from unveil.registry import UserError
 from unveil.training.distribution import Ranks
 
@@ -42,7 +42,7 @@ class DistributedConfig:
 class Shards:
     """The weights of a denoiser that is split over the ranks. At first they are split."""
 
-    def __init__(self, denoiser: MaskedDenoiser, shard: str, ranks: Ranks, *, bf16: bool) -> None:
+    def __init__(self, denoiser: Denoiser, shard: str, ranks: Ranks, *, bf16: bool) -> None:
         """Split a denoiser, layer by layer; what belongs to no layer (embedding, output ...) is one more part.
 
         Args:
@@ -56,6 +56,8 @@ class Shards:
 
         if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
             raise UserError(f"distributed.shard: {shard!r} needs a torch newer than {torch.__version__}")
+        if not isinstance(denoiser, MaskedDenoiser):
+            raise UserError(f"distributed.shard: {shard!r} is for models of text (allowed here: none)")
         rule = set() if denoiser.unmask is None else set(denoiser.unmask.parameters())
         if not any(p.requires_grad for p in denoiser.parameters() if p not in rule):
             raise UserError(f"distributed.shard: {shard!r} splits a denoiser that is trained (allowed here: none)")
@@ -74,7 +76,7 @@ class Shards:
         fully_shard(denoiser, **settings, reshard_after_forward=False)
         register_fsdp_forward_method(denoiser, "features")
         self.denoiser, self.ranks, self.mesh = denoiser, ranks, mesh
-        self.root: Any = denoiser
+        self.root = cast(Any, denoiser)
         self.parts: list[Any] = [module for module in denoiser.modules() if isinstance(module, FSDPModule)]
         for part in self.parts:
             part.set_gradient_divide_factor(1.0)  # sums, and not means: the losses have global denominators
