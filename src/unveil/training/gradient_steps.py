@@ -12,6 +12,7 @@ from unveil.learning.likelihoods import without
 from unveil.learning.objectives import sum_by, unit_of
 from unveil.learning.regularisers import Regulariser
 from unveil.learning.views import Inner, Scores, Views
+from unveil.training.distribution import Ranks
 from unveil.training.policy_config import PolicyConfig
 from unveil.training.rollouts import Rollouts
 from unveil.training.trainer import Trainer
@@ -28,8 +29,14 @@ class Means:
             total, count = self.sums.get(name, (0.0, 0))
             self.sums[name] = (total + value * weight, count + weight)
 
-    def means(self) -> dict[str, float]:
-        return {name: total / max(1, count) for name, (total, count) in self.sums.items()}
+    def means(self, ranks: Ranks) -> dict[str, float]:
+        """Over all ranks."""
+        whole = Means()
+        for sums in ranks.gather(self.sums):
+            for name, (total, count) in sums.items():
+                before = whole.sums.get(name, (0.0, 0))
+                whole.sums[name] = (before[0] + total, before[1] + count)
+        return {name: total / max(1, count) for name, (total, count) in whole.sums.items()}
 
 
 @dataclass(kw_only=True)

@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 Name = Literal["reference", "old", "ema"]
@@ -83,9 +84,16 @@ class Snapshot:
         finally:
             self._swap()
 
+    @torch.no_grad()
     def _swap(self) -> None:
         for name, parameter in self.live.items():
-            parameter.data, self.values[name] = self.values[name], parameter.data
+            if not isinstance(parameter, DTensor):
+                parameter.data, self.values[name] = self.values[name], parameter.data
+                continue
+            # Weights that are split over ranks live in one buffer: the numbers change place, and not the tensors.
+            held = parameter.detach().clone()
+            parameter.copy_(self.values[name])
+            self.values[name].copy_(held)
 
     def state_dict(self) -> dict[str, Tensor]:
         return dict(self.values)
