@@ -47,7 +47,7 @@ class Scored(MaskedDenoiser):
     def told_the_time(self, noise: Noise, dim: int) -> None:
         """Add the time embedding of width ``dim`` and declare what the head gives; ends the constructor."""
         self.spec = dataclasses.replace(
-            self.spec, time_conditioned=True, prediction="log_score", noise=noise, feature_dim=dim + 1
+            self.spec, time_conditioned=True, prediction="log_score", noise=noise, feature_dim=dim + 1, keeps_keys=False
         )
         self.time_in = nn.Linear(2 * FREQUENCIES, dim, bias=False)
         self.time_out = nn.Linear(dim, dim, bias=False)
@@ -93,4 +93,3 @@ def time_waves(t: Tensor) -> Tensor:
     frequency = 1000 ** (torch.arange(FREQUENCIES, dtype=torch.float64, device=t.device) / (FREQUENCIES - 1))
     angle = t.double()[:, None] * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
-
