@@ -122,7 +122,7 @@ class Pooled(MaskedDenoiser):
     def __init__(self, dim: int = 16) -> None:
         super().__init__()
         self.tokenizer = TextTokenizer.of_words(WORDS)
-        self.spec = replace(denoiser().spec, feature_dim=dim)
+        self.spec = replace(denoiser().spec, feature_dim=dim, keeps_keys=False)
         size = self.spec.vocab_size
         self.embedding = torch.nn.Embedding(size, dim)
         self.place = torch.nn.Embedding(self.spec.context_length, dim)

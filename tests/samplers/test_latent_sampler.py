@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_images as tiny
 import torch
 from torch import Tensor
 
+import tiny_images as tiny
 from unveil.learning.latents import TransitionLikelihood
 from unveil.processes.gaussian import Flow, GaussianProcess, VarianceExploding, VariancePreserving
 from unveil.processes.kernels import CoefficientsPreserving, DanceSde, Ddim, FlowSde, deterministic

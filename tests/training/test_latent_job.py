@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_images as tiny
 import torch
 from torch import Tensor
 
+import tiny_images as tiny
 from unveil.learning.latents import TransitionLikelihood
 from unveil.learning.objectives import Clipped, TokenSum
 from unveil.learning.regularisers import Kl, MeanSpace, Velocity

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from unveil.denoisers.kept import KeyValues
 from unveil.denoisers.tokenizer import TextTokenizer
 from unveil.denoisers.unmask import FILE, UnmaskNetwork, load_unmask, read_unmask_header, save_unmask
 from unveil.processes.masked import MaskedProcess
@@ -50,6 +51,11 @@ class DenoiserSpec:
     """The noise schedule that log-scores belong to."""
     feature_dim: int = 0
     """D of `features`; 0 where nothing but the head may read them."""
+    keeps_keys: bool = False
+    """True if the network has a `window`: features of some columns, with kept keys and values of the others."""
+    attention_block: int | None = None
+    """Positions see their block of so many tokens, counted from the first token of the canvas, and all blocks before
+    it. None: all positions see one another."""
 
     def process(self, method: Method = "tweedie") -> MaskedProcess | ScoreEntropyProcess:
         """The process whose reverse step takes this network's predictions; ``method`` is for scores alone."""
@@ -115,6 +121,18 @@ class MaskedDenoiser(Denoiser):
         ``t`` (B,) is the time of each canvas, 1 all masks; networks without time conditioning ignore it. Padding never
         changes the features of valid positions: a padded batch equals single calls to 1e-5.
         """
+
+    def window(self, ids: Tensor, valid: Tensor, kept: KeyValues, columns: Tensor | None = None) -> Tensor:
+        """Features (n, W, D) at some columns of the canvases ``ids`` (n, L), which attend to ``kept`` at the others.
+
+        The keys and values of ``columns`` are replaced by new ones. Only for networks whose spec `keeps_keys`.
+
+        Args:
+            kept: the memory of these n canvases.
+            columns: (n, W) ascending, neighbours but for repetitions, inside each row's valid part; None: all L, which
+                is `features` and fills the memory.
+        """
+        raise NotImplementedError(f"{type(self).__name__} keeps no keys")
 
     @abstractmethod
     def head(self, features: Tensor) -> Tensor:

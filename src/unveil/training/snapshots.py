@@ -17,7 +17,6 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-
 Name = Literal["reference", "old", "ema"]
 
 
