@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from unveil.denoisers.base import MaskedDenoiser
-from unveil.registry import Plugin
+from unveil.registry import Plugin, UserError
 from unveil.samplers.actions import Action
 from unveil.samplers.canvas import Canvas
 from unveil.samplers.trajectory import Trajectory, check_needs, concatenate
@@ -48,11 +48,16 @@ class Sampler(Plugin, family="sampler", default="masked"):
         return {}
 
     def check_denoiser(self, denoiser: MaskedDenoiser) -> None:
-        """Refuse a denoiser that this sampler cannot use.
+        """Refuse a denoiser that this sampler cannot use; by default one that has no masks.
 
         Raises:
             UserError: saying what is missing.
         """
+        if denoiser.spec.corruption == "uniform":
+            raise UserError(
+                f"sampler: {self.name!r} fills masks, the model's noise is random tokens (allowed: entropy_bound, "
+                "ancestral)"
+            )
 
     @torch.no_grad()
     def sample(

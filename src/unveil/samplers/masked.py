@@ -99,6 +99,7 @@ class MaskedSampler(Sampler, name="masked"):
         return refused
 
     def check_denoiser(self, denoiser: MaskedDenoiser) -> None:
+        super().check_denoiser(denoiser)
         if denoiser.spec.prediction == "log_score":
             raise UserError("sampler: 'masked' cannot time a network of scores (allowed: reverse)")
         self.rule.network(denoiser)
