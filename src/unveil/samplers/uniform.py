@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -20,10 +20,10 @@ from unveil.denoisers.uniform import UniformDenoiser
 from unveil.processes.masked import sample_categorical
 from unveil.processes.uniform import UniformProcess
 from unveil.registry import UserError
-from unveil.samplers.base import Sampler
+from unveil.samplers.base import TokenSampler
 from unveil.samplers.canvas import Canvas
 from unveil.samplers.tokens import certainty_rank, confidence
-from unveil.samplers.trajectory import Trajectory
+from unveil.samplers.trajectory import TokenTrajectory
 from unveil.seeds import generator
 
 _RECORDED = ("states", "guesses", "confidence", "entropy", "log_prob", "revealed", "taken_back", "times")
@@ -72,7 +72,7 @@ class Outcome:
     done: Tensor
 
 
-class UniformSampler(Sampler):
+class UniformSampler(TokenSampler):
     """What the samplers of this module share; they differ in their step alone."""
 
     horizon: ClassVar[int] = 1
@@ -94,15 +94,15 @@ class UniformSampler(Sampler):
         refused = dict.fromkeys(("block", "order", "order_log_prob"), "needs a sampler with rules ('masked')")
         return refused | {"step_map": "does not exist where every token may change at every step; ask for 'states'"}
 
-    def check_denoiser(self, denoiser: MaskedDenoiser) -> None:
+    def check_denoiser(self, denoiser: Any) -> None:
         if not isinstance(denoiser, UniformDenoiser):
             raise UserError(f"sampler: {self.name!r} is for networks of uniform noise (allowed: masked, reverse)")
 
     def sample_batch(
-        self, denoiser: MaskedDenoiser, canvas: Canvas, seeds: Sequence[int], needs: frozenset[str]
-    ) -> Trajectory:
+        self, denoiser: MaskedDenoiser, start: Canvas, seeds: Sequence[int], needs: frozenset[str]
+    ) -> TokenTrajectory:
         assert isinstance(denoiser, UniformDenoiser)
-        return _Chains(self, denoiser, canvas, seeds, needs).run()
+        return _Chains(self, denoiser, start, seeds, needs).run()
 
 
 @dataclass(kw_only=True)
@@ -229,7 +229,7 @@ class _Chains:
         self.active: list[Tensor] = []
         self.forwards = 0
 
-    def run(self) -> Trajectory:
+    def run(self) -> TokenTrajectory:
         canvas, width = self.canvas, self.response.shape[1]
         rows = len(self.response)
         ends = torch.tensor(self.denoiser.spec.end_ids, device=self.response.device)
@@ -310,7 +310,7 @@ class _Chains:
         for name in self.records:
             self.records[name].append(values[name]())
 
-    def _trajectory(self) -> Trajectory:
+    def _trajectory(self) -> TokenTrajectory:
         canvas, rows = self.canvas, len(self.response)
         active = torch.stack(self.active, 1) if self.active else torch.zeros(rows, 0, dtype=torch.bool)
         # Rows end their canvases at different steps: each row's own steps move together, to the front.
@@ -325,7 +325,7 @@ class _Chains:
                 value = torch.where(idle[..., None], self.response[:, None], value)
             recorded[name] = value.cpu()
         blocks = max(1, -(-self.response.shape[1] // self.size))
-        return Trajectory(
+        return TokenTrajectory(
             prompt_ids=canvas.ids[:, : canvas.prompt_width].cpu(),
             response_ids=self.response.cpu(),
             valid=canvas.valid.cpu(),

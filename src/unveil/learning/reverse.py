@@ -16,18 +16,19 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from unveil.denoisers.base import DenoiserSpec, MaskedDenoiser
-from unveil.learning.likelihoods import FIRST, Inner, Likelihood, Scores, Views
+from unveil.learning.likelihoods import TokenLikelihood, TokenViews
 from unveil.learning.scoring import CHUNK_ELEMENTS
+from unveil.learning.views import FIRST, Inner, Scores
 from unveil.processes.score_entropy import Method
 from unveil.registry import UserError
-from unveil.samplers.base import Sampler
+from unveil.samplers.base import Sampler, TokenSampler
 from unveil.samplers.reverse import ReverseSampler
-from unveil.samplers.trajectory import Trajectory
+from unveil.samplers.trajectory import TokenTrajectory
 from unveil.samplers.uniform import Ancestral
 
 
 @dataclass(kw_only=True)
-class TransitionLikelihood(Likelihood, name="transition"):
+class ReverseLikelihood(TokenLikelihood, name="reverse"):
     """The states that the sampler `reverse` or `ancestral` visited: log p(x_s | x_t) of every position that was open at
     time t."""
 
@@ -38,18 +39,23 @@ class TransitionLikelihood(Likelihood, name="transition"):
     def check_fits(self, sampler: Sampler, denoiser: MaskedDenoiser) -> None:
         if isinstance(sampler, Ancestral):
             if denoiser.spec.canvas_length is not None:
-                raise UserError("policy.likelihood: 'transition' needs a network without a cache of the text before it")
+                raise UserError("policy.likelihood: 'reverse' needs a network without a cache of the text before it")
             return
         if not isinstance(sampler, ReverseSampler):
-            raise UserError(f"policy.likelihood: 'transition' scores the sampler 'reverse', not {sampler.name!r}")
+            raise UserError(f"policy.likelihood: 'reverse' scores that sampler and 'ancestral', not {sampler.name!r}")
         if self.method != sampler.method:
             raise UserError(
                 f"policy.likelihood.method: should be {sampler.method!r} as in rollout.sampler, got {self.method!r}"
             )
 
     def views(
-        self, trajectory: Trajectory, chosen: Tensor, seeds: Sequence[int], spec: DenoiserSpec, inner: Inner = FIRST
-    ) -> Views:
+        self,
+        trajectory: TokenTrajectory,
+        chosen: Tensor,
+        seeds: Sequence[int],
+        spec: DenoiserSpec,
+        inner: Inner = FIRST,
+    ) -> TokenViews:
         rows, steps = ((chosen > 0) & trajectory.active).nonzero(as_tuple=True)
         assert trajectory.guesses is not None and trajectory.revealed is not None and trajectory.times is not None
         states, holes = trajectory.states_at(rows, steps), trajectory.holes_at(rows, steps)
@@ -58,7 +64,7 @@ class TransitionLikelihood(Likelihood, name="transition"):
             assert trajectory.states is not None
             holes = (trajectory.response_valid & ~trajectory.given)[rows]
             targets = torch.cat([trajectory.states[:, 1:], trajectory.response_ids[:, None]], 1)[rows, steps]
-        return Views(
+        return TokenViews(
             ids=torch.cat([trajectory.prompt_ids[rows], states], 1),
             valid=trajectory.valid[rows],
             prompt_width=trajectory.prompt_ids.shape[1],
@@ -71,7 +77,7 @@ class TransitionLikelihood(Likelihood, name="transition"):
             times=trajectory.times[rows, steps],
         )
 
-    def score(self, denoiser: MaskedDenoiser, views: Views, temperature: float) -> Scores:
+    def score(self, denoiser: MaskedDenoiser, views: TokenViews, sampler: TokenSampler) -> Scores:
         """Log-probabilities of the next states, by the transition that the sampler drew them from."""
         device = denoiser.device
         scored = views.scored.to(device)
@@ -86,7 +92,7 @@ class TransitionLikelihood(Likelihood, name="transition"):
         parts = []
         inputs = (features, here, targets, times[row])
         for part in zip(*(value.split(rows) for value in inputs), strict=True):
-            arguments = (denoiser, *part, temperature, self.method)
+            arguments = (denoiser, *part, sampler.temperature, self.method)
             if recompute:
                 parts.append(checkpoint(_score_rows, *arguments, use_reentrant=False, preserve_rng_state=False))
             else:
