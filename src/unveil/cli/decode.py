@@ -53,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--rule", metavar="NAME[:field=value,...]",
-        help="decoding rule, or reverse: the reverse process on a grid of times (default: lcr)",
+        help="decoding rule, or reverse: the reverse process on a grid of times; for uniform noise entropy_bound or "
+        "ancestral (default: lcr, for uniform noise entropy_bound)",
     )  # fmt: skip
     parser.add_argument("--schedule", metavar="NAME[:field=value,...]", help="tokens per step (default: even)")
     parser.add_argument("--transform", metavar="NAME[:field=value,...]", help="of scores before the rule: eoser")
@@ -109,7 +110,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         _warn_unknown(denoiser, tokens[-1], prompt, f"prompt {row}")
     template = None if args.infill is None else _template(denoiser, args.infill)
     length = len(template) if template else _length(args, recipe, denoiser, max(map(len, tokens)))
-    sampler = _sampler(args, recipe, length)
+    sampler = _sampler(args, recipe, length, denoiser)
     copies = [row for row in range(len(prompts)) for _ in range(args.samples)]
     initial = None if template is None else [template] * len(copies)
     canvas = Canvas.of([tokens[row] for row in copies], length, denoiser.spec, initial=initial)
@@ -248,12 +249,16 @@ def _length(args: argparse.Namespace, recipe: DecodeRecipe | None, denoiser: Mas
         return args.length
     if recipe is not None:
         return recipe.response_length
+    if denoiser.spec.canvas_length is not None:
+        return denoiser.spec.canvas_length
     # At least 1, so that a prompt as long as the canvas gets the canvas's own message.
     room = max(1, denoiser.spec.context_length - longest)
     return min(room, trained_length(args.model) or _LONGEST)
 
 
-def _sampler(args: argparse.Namespace, recipe: DecodeRecipe | None, length: int) -> Sampler:
+def _sampler(
+    args: argparse.Namespace, recipe: DecodeRecipe | None, length: int, denoiser: MaskedDenoiser
+) -> Sampler:
     from unveil.cli.decoders import plugin, rule, sampler
     from unveil.samplers.caches import Cache
     from unveil.samplers.schedules import Schedule
@@ -263,10 +268,14 @@ def _sampler(args: argparse.Namespace, recipe: DecodeRecipe | None, length: int)
     if recipe is not None:
         recipe.sampler.check_fits(length)
         return recipe.sampler
+    usual = "entropy_bound" if denoiser.spec.corruption == "uniform" else "lcr"
+    canvas = denoiser.spec.canvas_length
+    if canvas is not None and length % canvas:
+        raise UserError(f"--length: should be a multiple of the model's canvas_length ({canvas}), got {length}")
     settings = {
-        "steps": length if args.steps is None else args.steps,
+        "steps": args.steps,
         "block_length": args.block,
-        "rule": rule(args.rule or "lcr", "--rule"),
+        "rule": rule(args.rule or usual, "--rule"),
         "schedule": None if args.schedule is None else plugin(args.schedule, "--schedule", Schedule),
         "transform": None if args.transform is None else plugin(args.transform, "--transform", Transform),
         "solver": None if args.solver is None else plugin(args.solver, "--solver", Solver),
