@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     from unveil.cli.progress import Progress
     from unveil.samplers.text import encode_prompts
 
-    task = task_of(args)
+    task = build_task(args.task, args.words)
     _check(args)
     denoiser = open_model(args.model, dtype=args.dtype, chat=args.chat)
     trained = None if args.lengths else trained_length(args.model)
@@ -160,8 +160,8 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     }
 
 
-def task_of(args: argparse.Namespace) -> Task:
-    """The task ``--task`` with the settings ``task.key=value``.
+def build_task(name: str, settings: Sequence[str], option: str = "--task") -> Task:
+    """The task ``name`` with the settings ``task.key=value``.
 
     Raises:
         UserError: a setting is wrong.
@@ -170,14 +170,14 @@ def task_of(args: argparse.Namespace) -> Task:
     from unveil.recipe import build
     from unveil.tasks.base import Task
 
-    for word in args.words:
+    for word in settings:
         if not word.startswith("task."):
             raise UserError(f"{word!r} should look like task.key=value")
-    data = merge({"task": {"name": args.task}}, args.words)["task"]
+    data = merge({"task": {"name": name}}, settings)["task"]
     try:
         return build(Task, data, "task")
     except UserError as error:
-        raise UserError(str(error).replace("task.name: ", "--task: ", 1)) from error
+        raise UserError(str(error).replace("task.name: ", f"{option}: ", 1)) from error
 
 
 def _check(args: argparse.Namespace) -> None:

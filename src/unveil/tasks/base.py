@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from unveil.registry import Plugin
+from unveil.registry import Plugin, UserError
 
 Split = Literal["train", "test"]
 
@@ -57,3 +57,15 @@ class Task(Plugin, family="task"):
     def check(self, problem: Problem, completion: str) -> Verdict:
         """Judge one completion (special tokens already removed). Never raises on any string."""
         raise NotImplementedError
+
+    def recorded(self, question: str, truth: Any) -> Problem | None:
+        """The problem of a completion that another program has stored; None where its reference answer is missing.
+
+        Args:
+            question: as stored; tells problems apart.
+            truth: the stored reference answer, in the form of d1's evaluation.
+
+        Raises:
+            UserError: this task reads no stored completions, or the truth has another form.
+        """
+        raise UserError(f"task {self.name!r} reads no completions of other programs")
