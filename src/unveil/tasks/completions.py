@@ -87,7 +87,7 @@ def complete(
         tokens = text_tokens(denoiser, trajectory)
         steps = trajectory.active.sum(1).tolist()
         columns = zip(
-            listed[rows], range(first, first + batch_size), judged.texts, judged.verdicts,
+            listed[rows], range(first, first + batch_size), judged.samples, judged.verdicts,
             over_denoised(judged).tolist(), tokens.sum(1).tolist(), steps,
             unigram_entropy(trajectory.response_ids, tokens).tolist(), trajectory.unfinished.tolist(),
             strict=False,
