@@ -35,7 +35,7 @@ class AllSteps(Selector, name="all"):
     """Every step."""
 
     def choose(self, advantages: Tensor, trajectory: Trajectory, seeds: Sequence[int], spec: Any) -> Tensor:
-        return trajectory.active.float()
+        return trajectory.decided.float()
 
 
 @dataclass(kw_only=True)
@@ -44,7 +44,7 @@ class NonZero(Selector, name="nonzero"):
     without any other is no gradient step."""
 
     def choose(self, advantages: Tensor, trajectory: Trajectory, seeds: Sequence[int], spec: Any) -> Tensor:
-        return (trajectory.active & (advantages.abs() > 1e-6)).float()
+        return (trajectory.decided & (advantages.abs() > 1e-6)).float()
 
 
 @dataclass(kw_only=True)
@@ -55,7 +55,7 @@ class TopAdvantage(Selector, name="top_advantage"):
     """Steps per chain."""
 
     def choose(self, advantages: Tensor, trajectory: Trajectory, seeds: Sequence[int], spec: Any) -> Tensor:
-        return _largest(advantages.abs(), trajectory.active, self.k)
+        return _largest(advantages.abs(), trajectory.decided, self.k)
 
 
 @dataclass(kw_only=True)
@@ -67,7 +67,7 @@ class UniformSteps(Selector, name="uniform"):
 
     def choose(self, advantages: Tensor, trajectory: Trajectory, seeds: Sequence[int], spec: Any) -> Tensor:
         draws = [torch.rand(trajectory.steps, generator=generator(seed, "steps")) for seed in seeds]
-        return _largest(torch.stack(draws), trajectory.active, self.k)
+        return _largest(torch.stack(draws), trajectory.decided, self.k)
 
 
 def _largest(value: Tensor, active: Tensor, k: int) -> Tensor:

@@ -55,6 +55,11 @@ class Trajectory:
         return (self.active.sum(1) - 1).clamp(min=0)
 
     @property
+    def decided(self) -> Tensor:
+        """(B, S) True at the steps that chose something, which can be trained."""
+        return self.active
+
+    @property
     def finished(self) -> Tensor:
         """(B, ...) what the chains ended with."""
         raise NotImplementedError
@@ -99,9 +104,14 @@ class Trajectory:
             kind = header.pop("kind", TokenTrajectory.kind)
             if kind != cls.kind:
                 raise UserError(f"{path}: a trajectory of {kind}, not of {cls.kind}")
-            return cls(**tensors, **header)
+            return cls._built(tensors, header)
         except (TypeError, ValueError) as error:
             raise UserError(f"{path}: not a trajectory file of this version: {error}") from error
+
+    @classmethod
+    def _built(cls, tensors: dict[str, Tensor], header: dict[str, int]) -> Self:
+        """The inverse of what `save` takes apart."""
+        return cls(**tensors, **header)  # type: ignore[arg-type]
 
     def _tensors(self) -> dict[str, Tensor]:
         """The fields that are tensors; each has a leading axis of chains."""
@@ -165,6 +175,11 @@ class TokenTrajectory(Trajectory):
     order_log_prob: Tensor | None = None
     times: Tensor | None = None
     expert_share: Tensor | None = None
+
+    @property
+    def decided(self) -> Tensor:
+        """(B, S) True at the steps that chose something, which can be trained."""
+        return self.active
 
     @property
     def finished(self) -> Tensor:
