@@ -59,7 +59,7 @@ class Flux(_FlowPipeline):
         return self.pipe.default_sample_size * self.pipe.vae_scale_factor
 
     def latent_channels(self) -> int:
-        return self.network.config.in_channels // 4  # type: ignore[union-attr,operator,return-value]
+        return self.network.config.in_channels // 4
 
     def multiple(self) -> int:
         return 2 * self.pipe.vae_scale_factor
@@ -74,7 +74,7 @@ class Flux(_FlowPipeline):
         batch, channels, height, width = x.shape
         states = condition["states"]
         told = None
-        if self.network.config.guidance_embeds:  # type: ignore[union-attr]
+        if self.network.config.guidance_embeds:
             told = torch.full((batch,), self.options.guidance, device=x.device)
         packed = self.network(
             hidden_states=self.pipe._pack_latents(x, batch, channels, height, width),

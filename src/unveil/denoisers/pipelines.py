@@ -1,9 +1,9 @@
 """What all adapters to published image pipelines share: the folder, prompts, the VAE, adapters.
 
-A pipeline is a folder with model_index.json, as the library ``diffusers`` reads and writes it. Its own code encodes prompts
-and decodes latents; its U-Net or transformer is the network that is trained. Its scheduler says which process the network
-belongs to and is not used: it keeps no log-probabilities. Nothing of a folder is executed: weights are safetensors, and
-every part is a class of ``diffusers`` or ``transformers``.
+A pipeline is a folder with model_index.json, as the library ``diffusers`` reads and writes it. Its own code encodes
+prompts and decodes latents; its U-Net or transformer is the network that is trained. Its scheduler says which process
+the network belongs to and is not used: it keeps no log-probabilities. Nothing of a folder is executed: weights are
+safetensors, and every part is a class of ``diffusers`` or ``transformers``.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from unveil.processes.gaussian import GaussianProcess, Prediction
 from unveil.registry import UserError
 
 INDEX = "model_index.json"
-_KEPT_PROMPTS = 256
-"""Encoded prompts that are kept, the ones used last; 5 MB each for SD3."""
+_KEPT_PROMPTS = 64
+"""Encoded prompts that stay on the device, the ones used last; 3 MB each for SD3 in bf16."""
 _NOT_LOADED = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts of a pipeline that take no part in denoising."""
 
@@ -51,6 +51,7 @@ class PipelineDenoiser(ContinuousDenoiser):
     """Of the pipeline in ``diffusers``, and in model_index.json."""
     component: ClassVar[str]
     """The part that is trained: ``unet`` or ``transformer``."""
+    network: Any
 
     def __init__(self, pipe: Any, options: PipelineOptions) -> None:
         """``pipe`` is the pipeline as ``diffusers`` opens it.
@@ -59,7 +60,7 @@ class PipelineDenoiser(ContinuousDenoiser):
             UserError: it is of a kind that this adapter does not know, or the options do not fit it.
         """
         super().__init__()
-        self.network: nn.Module = getattr(pipe, self.component)
+        self.network = getattr(pipe, self.component)
         # No module of this one: neither trained nor saved with the weights, and no adapters get in.
         self.pipe, self.options = pipe, options
         for frozen in self._frozen():
@@ -101,7 +102,7 @@ class PipelineDenoiser(ContinuousDenoiser):
         left_out = {name: None for name in _NOT_LOADED if name in index}
         try:
             pipe = getattr(diffusers, cls.class_name).from_pretrained(
-                str(folder), torch_dtype={"default": DTYPES[dtype], "vae": torch.float32}, use_safetensors=True,
+                str(folder), dtype={"default": DTYPES[dtype], "vae": torch.float32}, use_safetensors=True,
                 local_files_only=True, **left_out,
             )  # fmt: skip
         except Exception as error:  # broken files may fail in any of the library's ways
@@ -133,10 +134,10 @@ class PipelineDenoiser(ContinuousDenoiser):
 
     def native_resolution(self) -> int:
         """Height and width of the images that the model was made for."""
-        return self.network.config.sample_size * self.pipe.vae_scale_factor  # type: ignore[union-attr,operator,return-value]
+        return self.network.config.sample_size * self.pipe.vae_scale_factor
 
     def latent_channels(self) -> int:
-        return self.network.config.in_channels  # type: ignore[union-attr,return-value]
+        return self.network.config.in_channels
 
     def multiple(self) -> int:
         """What height and width must be divisible by."""
@@ -144,7 +145,7 @@ class PipelineDenoiser(ContinuousDenoiser):
 
     def checkpoint_gradients(self) -> None:
         """Recompute every block in the backward pass instead of keeping its activations."""
-        self.network.enable_gradient_checkpointing()  # type: ignore[operator]
+        self.network.enable_gradient_checkpointing()
 
     @torch.no_grad()
     def condition(self, prompts: Sequence[str]) -> Condition:
@@ -153,19 +154,15 @@ class PipelineDenoiser(ContinuousDenoiser):
         for prompt in prompts:
             if prompt not in self._encoded:
                 encoded = self.encode_prompt(prompt)
-                self._encoded[prompt] = {name: value.detach().cpu() for name, value in encoded.items()}
+                self._encoded[prompt] = {name: value.detach().to(self.device) for name, value in encoded.items()}
                 if len(self._encoded) > _KEPT_PROMPTS:
                     self._encoded.popitem(last=False)
             self._encoded.move_to_end(prompt)
             rows.append(Condition(self._encoded[prompt]))
-        return Condition.cat(rows).to(self.device)
+        return Condition.cat(rows)
 
     def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        return self.call(x.to(self.network_dtype), t.to(x.device), condition)
-
-    @property
-    def network_dtype(self) -> torch.dtype:
-        return self.network.dtype  # type: ignore[return-value]
+        return self.call(x.to(self.network.dtype), t.to(x.device), condition)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -201,6 +198,7 @@ class PipelineDenoiser(ContinuousDenoiser):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Text encoders and VAE go along to another device. (Called by `nn.Module.to`.)"""
+        self._encoded.clear()
         for part in self._frozen():
             part._apply(fn)
         return super()._apply(fn, recurse)
