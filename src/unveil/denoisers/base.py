@@ -89,6 +89,10 @@ class Denoiser(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, model.safetensors and whatever else opens the model again."""
 
+    def save_adapter(self, wrapped: Any, folder: Path) -> None:
+        """Write the low-rank adapters that ``peft`` put into it (``wrapped``) in the standard format."""
+        wrapped.save_pretrained(str(folder))
+
     def checkpoint_gradients(self) -> None:
         """From now on trade time for memory in training: recompute activations in the backward pass.
 
