@@ -85,16 +85,15 @@ class GradientSteps:
         parts = self.parts(views)
         old = None
         weighed = views
-        if keep_old or policy.token_filter is not None:
-            recorded = policy.likelihood.recorded(views, trajectory) if policy.token_filter is None else None
-            if recorded is not None:
-                old = [recorded[slice(*part)] for part in parts]
-            else:
-                scores = self.score_all(views, parts)
-                old = [score.log_prob for score in scores]
-                if policy.token_filter is not None and scores:
-                    entropy = torch.cat([score.entropy for score in scores if score.entropy is not None]).cpu()
-                    weighed = without(views, policy.token_filter.keep(views, entropy, trajectory))
+        recorded = policy.likelihood.recorded(views, trajectory)
+        if recorded is not None:
+            old = [recorded[slice(*part)] for part in parts]
+        elif keep_old or policy.token_filter is not None:
+            scores = self.score_all(views, parts)
+            old = [score.log_prob for score in scores]
+            if policy.token_filter is not None and scores:
+                entropy = torch.cat([score.entropy for score in scores if score.entropy is not None]).cpu()
+                weighed = without(views, policy.token_filter.keep(views, entropy, trajectory))
         advantage = advantages[views.rows, views.steps]
         policy_weight, kl_weight = policy.weighting.weights(weighed, advantage, trajectory, self.trainer.ranks.total)
         if policy.likelihood.per_step:
@@ -112,10 +111,11 @@ class GradientSteps:
 
     def compare(self, batches: list[Batch]) -> None:
         """Let the snapshots that hold the policy back score the batches."""
-        for name, _ in self._regularisers():
+        for name, regulariser in self._regularisers():
             with self.trainer.reference():
                 for batch in batches:
-                    batch.others[name] = self.score_all(batch.views, batch.parts)
+                    scores = self.score_all(batch.views, batch.parts)
+                    batch.others[name] = [one.only(regulariser.reads) for one in scores]
 
     def losses(self, batch: Batch) -> Iterator[Callable[[], Tensor]]:
         """One closure per micro-batch; their sum is the loss of the gradient step."""
