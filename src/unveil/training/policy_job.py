@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from unveil.training.outcome import Outcome, mean_over_ranks
 from unveil.training.policy_config import PolicyConfig, PolicyEval, ProblemFilter
 from unveil.training.records import sample_records, trajectory_records
 from unveil.training.rewarding import Rewarded, RewardsLost, reward_chains
-from unveil.training.rollouts import Rollouts
+from unveil.training.rollouts import Rollouts, sample_together
 from unveil.training.trainer import Optimise, Trainer
 
 LOST_UPDATES = 3
@@ -133,6 +134,7 @@ class PolicyJob:
                     sampler,
                     response_length=length,
                     seed=self.seed,
+                    sample=partial(sample_together, self.trainer),
                 )
                 if not self.trainer.ranks.main:
                     continue
@@ -184,9 +186,10 @@ class PolicyJob:
 
     def _filtered(self, choice: ProblemFilter, epoch: int) -> list[Problem]:
         candidates = self.policy.task.problems("train", choice.pool, derive_seed(self.seed, "pool", epoch))
-        trajectory = sample_problems(
-            self.denoiser, candidates, choice.decoder, response_length=self.policy.rollout.response_length,
-            seed=self.seed, needs={"guesses"}, batch_size=self.policy.rollout.batch_size,
+        rollout = self.policy.rollout
+        trajectory = sample_together(
+            self.trainer, self.denoiser, candidates, choice.decoder, response_length=rollout.response_length,
+            seed=self.seed, needs={"guesses"}, batch_size=rollout.batch_size,
         )  # fmt: skip
         self.trainer.cost.forwards += trajectory.forwards
         keep = choice.keep(judge(self.policy.task, candidates, self.denoiser, trajectory)).tolist()
@@ -208,11 +211,12 @@ class PolicyJob:
         policy, rollout = self.policy, self.policy.rollout
         own = [label] if label else []
         copies = chain_copies(problems) if copies is None else copies
-        trajectory = sample_problems(
-            self.denoiser, problems, sampler or self._sampler(update), response_length=rollout.response_length,
-            seed=derive_seed(self.seed, "rollout", update, *own), needs=self._needs(), batch_size=rollout.batch_size,
-            copies=copies, **how,
-        )  # fmt: skip
+        with self.trainer.autocast():
+            trajectory = sample_problems(
+                self.denoiser, problems, sampler or self._sampler(update), response_length=rollout.response_length,
+                seed=derive_seed(self.seed, "rollout", update, *own), needs=self._needs(),
+                batch_size=rollout.batch_size, copies=copies, **how,
+            )  # fmt: skip
         # Ranks are asked once at the end of an update: a hook may draw on some of them only.
         self.rolled += len(problems)
         self.spent += trajectory.forwards
