@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from unveil.cli.main import main
-from unveil.samplers.trajectory import Trajectory
+from unveil.samplers.trajectory import TokenTrajectory
 
 PRETRAIN = """
 model:
@@ -181,7 +181,7 @@ def test_decode_infill_keeps_the_words(capsys: pytest.CaptureFixture[str], runs:
         "--trajectory", path, "--rule", "rcr:running=max",
     )  # fmt: skip
     assert told["length"] == 7
-    trajectory = Trajectory.load(path)
+    trajectory = TokenTrajectory.load(path)
     assert trajectory.states is not None
     assert (trajectory.states[0, 0] == trajectory.mask_id).tolist() == [
         False,
@@ -200,7 +200,7 @@ def test_decode_infill_keeps_the_words(capsys: pytest.CaptureFixture[str], runs:
 def test_decode_saves_every_field(capsys: pytest.CaptureFixture[str], runs: Path, tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
     answer(capsys, "decode", runs / "base", "--prompt", "1 2 3 -> 6", "--steps", "4", "--trajectory", path)
-    trajectory = Trajectory.load(path)
+    trajectory = TokenTrajectory.load(path)
     assert trajectory.steps == 4
     for name in ("states", "guesses", "confidence", "log_prob", "revealed", "taken_back", "step_map"):
         assert getattr(trajectory, name) is not None

@@ -235,7 +235,7 @@ def _write(path: Path, problems: Sequence[Problem], result: Evaluation, cell: Ce
                 record = {
                     "problem": problem.id,
                     "prompt": problem.prompt,
-                    "completion": result.texts[row],
+                    "completion": result.samples[row],
                     "correct": result.correct[row],
                     "score": result.scores[row],
                     **cell.settings(),

@@ -72,7 +72,8 @@ class DenoisingJob:
         self, trainer: Trainer, data: DenoisingConfig, evaluation: DenoisingEval, log: RunLog, *, seed: int
     ) -> None:
         self.trainer, self.data, self.evaluation, self.log, self.seed = trainer, data, evaluation, log, seed
-        self.denoiser: MaskedDenoiser = trainer.denoiser
+        assert isinstance(trainer.denoiser, MaskedDenoiser)
+        self.denoiser = trainer.denoiser
         self.process = self.denoiser.spec.process()
         if self.denoiser.spec.time_conditioned and data.form != "time":
             raise UserError(f"data.form: should be 'time' for a network that is told the time, got {data.form!r}")

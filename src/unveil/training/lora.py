@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from unveil.denoisers.base import MaskedDenoiser
+from unveil.denoisers.base import Denoiser
 from unveil.registry import UserError
 
 
@@ -30,7 +30,7 @@ class LoraSettings:
 class Adapter:
     """LoRA layers inside a denoiser, which stays the object that everybody holds."""
 
-    def __init__(self, denoiser: MaskedDenoiser, settings: LoraSettings) -> None:
+    def __init__(self, denoiser: Denoiser, settings: LoraSettings) -> None:
         try:
             import peft
         except ImportError as error:
@@ -59,7 +59,7 @@ class Adapter:
         """adapter_config.json and adapter_model.safetensors, as peft opens them."""
         self.wrapped.save_pretrained(str(folder))
 
-    def merge(self) -> MaskedDenoiser:
+    def merge(self) -> Denoiser:
         """Fold the adapters into the weights; the denoiser is then an ordinary one again."""
         self.wrapped.merge_and_unload()
         return self.denoiser

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 
 from unveil import __version__
-from unveil.denoisers.base import MaskedDenoiser
+from unveil.denoisers.base import Denoiser, MaskedDenoiser
 from unveil.denoisers.load import load_denoiser
 from unveil.denoisers.pretrained import Dtype
 from unveil.denoisers.score import ScoreConfig, ScoreDenoiser
@@ -137,7 +137,7 @@ def train(recipe: TrainRecipe, run: Path, *, resume: bool = False, progress: Pro
     """
     ranks = Ranks()
     model = recipe.model
-    denoiser = load_denoiser(
+    denoiser: Denoiser = load_denoiser(
         model.path, dtype=model.dtype, chat=model.chat, gradient_checkpointing=model.gradient_checkpointing
     ).to(ranks.device)
     adapter = None
@@ -145,8 +145,10 @@ def train(recipe: TrainRecipe, run: Path, *, resume: bool = False, progress: Pro
         torch.manual_seed(recipe.seed)  # peft draws its initial weights from the global generator
         adapter = Adapter(denoiser, recipe.model.lora)
     if recipe.model.unmask is not None:
+        if not isinstance(denoiser, MaskedDenoiser):
+            raise UserError(f"model.unmask: an unmasking policy is for models of text, {model.path!r} is none")
         attach_unmask(denoiser, recipe.model.unmask, recipe.seed)
-    if (action := recipe.policy.rollout.sampler.action) is not None:
+    if (action := recipe.policy.rollout.sampler.action) is not None and isinstance(denoiser, MaskedDenoiser):
         denoiser.unmask_action = dump(action)
     choose_trained(denoiser, recipe.model.train)
     trainer = Trainer(
@@ -168,7 +170,7 @@ def attach_unmask(denoiser: MaskedDenoiser, network: UnmaskNetwork, seed: int) -
         denoiser.attach(network, network.build(denoiser.spec.feature_dim))
 
 
-def choose_trained(denoiser: MaskedDenoiser, what: Literal["all", "denoiser", "unmask"]) -> None:
+def choose_trained(denoiser: Denoiser, what: Literal["all", "denoiser", "unmask"]) -> None:
     """Freeze what does not learn. With LoRA the denoiser's own weights are frozen already.
 
     Raises:
@@ -239,7 +241,7 @@ def _draft_log(run: Path) -> RunLog:
     return RunLog(run, LogConfig(tensorboard=False))
 
 
-def _new_denoiser(model: NewModel, seed: int) -> MaskedDenoiser:
+def _new_denoiser(model: NewModel, seed: int) -> Denoiser:
     if model.path is not None:
         return load_denoiser(model.path)
     words = [str(number) for number in range(model.largest_number + 1)] + model.words
