@@ -19,7 +19,7 @@ from unveil.registry import UserError
 from unveil.rewards.base import Correct, Failure, Metric, Part, Reward, Sum
 from unveil.rewards.ddpo import Ddpo
 from unveil.rewards.images import ClassProbability, JpegSize, PixelStatistic, data_url, pil_image
-from unveil.rewards.networks import Classifier, ClassifierConfig, Reader, ReaderConfig
+from unveil.rewards.networks import Classifier, ReaderShape
 from unveil.rewards.reading import Ocr, edit_distance, text_score
 from unveil.rewards.trl import Trl
 
@@ -98,7 +98,7 @@ def test_colourfulness_equals_its_formula() -> None:
 
 def test_a_classifier_s_opinion_in_three_scales(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    network = Classifier(ClassifierConfig(shape=[1, 8, 8], classes=3, channels=[4, 4], hidden=8))
+    network = Classifier({"shape": [1, 8, 8], "names": ["a", "b", "c"], "channels": [4, 4], "hidden": 8})
     path = tmp_path / "c.safetensors"
     network.half().float().save(path)
     images, labels = [noise(1, 8, 8, seed=seed) for seed in range(4)], [0, 2, 1, 1]
@@ -114,7 +114,7 @@ def test_a_network_that_is_not_there_is_refused_before_any_work(tmp_path: Path) 
     with pytest.raises(RecipeError, match=r"digit-judge.*did you mean 'digits-judge'"):
         build(Reward, {"name": "classifier", "network": "digit-judge"})
     reader = tmp_path / "reader.safetensors"
-    Reader(ReaderConfig(shape=[1, 8, 16])).save(reader)
+    ReaderShape().build([1, 8, 16], []).save(reader)
     with pytest.raises(UserError, match="should be a classifier, is 'reader'"):
         Classifier.open(reader)
     other = tmp_path / "other.safetensors"
@@ -146,7 +146,7 @@ def test_the_score_of_a_text_ignores_case_and_spaces_and_is_never_negative() -> 
 
 
 def test_a_reader_says_what_its_columns_say() -> None:
-    reader = Reader(ReaderConfig(shape=[1, 8, 16], alphabet="AB"))
+    reader = ReaderShape(alphabet="AB").build([1, 8, 16], [])
     a, b, nothing = torch.eye(3).mul(-9).add(9).neg().unbind(0)  # log-probabilities with one sure letter
     columns = {"": [nothing, nothing], "AAB": [a, a, nothing, a, b, b], "BA": [nothing, b, a, a]}
     for text, rows in columns.items():

@@ -22,7 +22,6 @@ from unveil.tasks.base import Split, Task
 from unveil.tasks.countdown import Countdown
 from unveil.tasks.digits import Digits
 from unveil.tasks.glyphs import CONSONANTS, VOWELS, Glyphs
-from unveil.tasks.images import LabelledImages
 from unveil.tasks.mnist import Fashion, Mnist, resized
 from unveil.tasks.prompts import ImageFolder, Prompts
 
@@ -151,6 +150,12 @@ def test_the_judge_reads_what_is_drawn() -> None:
     shifted = task.check_all(problems[1:] + problems[:1], list(images))
     assert sum(verdict.correct for verdict in shifted) <= 2 and sum(verdict.score for verdict in shifted) > 5
     assert task.measure([problems[0]] * 2, list(images[:2]))["diversity"] > 0
+
+
+def test_strings_to_teach_a_reader_have_any_letters() -> None:
+    strings, _ = Glyphs(examples_of="strings").examples("test", 400, seed=0)
+    assert {len(string) for string in strings} == {1, 2, 3}
+    assert len({string[:2] for string in strings if string[0] in VOWELS}) > 30
 
 
 def test_misheard_prompts_keep_the_kinds_of_letters() -> None:
@@ -301,6 +306,5 @@ def test_image_folders_with_captions_and_with_subfolders(tmp_path: Path) -> None
 
 
 def test_embedded_judges_fit_their_tasks() -> None:
-    for task in (DIGITS,):
-        assert isinstance(task, LabelledImages)
-        assert task.judge.config.classes == len(task.names) and tuple(task.judge.config.shape) == task.shape
+    assert DIGITS.judge.names == DIGITS.vocabulary and tuple(DIGITS.judge.about["shape"]) == DIGITS.shape
+    assert tuple(Glyphs().judge.about["shape"]) == Glyphs().shape

@@ -1,45 +1,64 @@
 """Small networks that judge images: a classifier, and a reader of words.
 
-Each is one safetensors file with its configuration inside. Those of the package lie in ``rewards/weights``.
+Each is one safetensors file with its configuration inside. Those of the package lie in ``rewards/weights`` and are made
+by the recipes ``judge-...`` of `unveil pretrain`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, ctc_loss
 
-from unveil.registry import UserError, did_you_mean
+from unveil.registry import Plugin, UserError, did_you_mean
 
 WEIGHTS = Path(__file__).parent / "weights"
 """The networks inside the package, ``NAME.safetensors``."""
 
 
-class _Network(nn.Module):
-    """What the judging networks share: a configuration, a seed, a file."""
+class JudgeShape(Plugin, family="judge"):
+    """Shape of a network that judges."""
+
+    def build(self, shape: Sequence[int], names: Sequence[str]) -> JudgeNetwork:
+        """A fresh network for images (C, H, W) of these classes; its weights come from torch's global generator."""
+        raise NotImplementedError
+
+
+class JudgeNetwork(nn.Module):
+    """A network that says what an image shows. Everything in it is smooth: gradients reach the pixels."""
 
     kind: ClassVar[str]
-    config_class: ClassVar[type]
 
-    def __init__(self, config: object) -> None:
+    def __init__(self, about: dict[str, Any]) -> None:
+        """``about``: its shape and that of its images, as its file holds them beside the weights."""
         super().__init__()
-        self.config = config
+        self.about = about
+
+    @abstractmethod
+    def loss(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Mean negative log-probability of the prompts, as a scalar, of images (B, C, H, W) in [0, 1]."""
+
+    @abstractmethod
+    def right(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """(B,) whether it says what the prompts say."""
 
     def save(self, path: Path) -> None:
         """Writes one file; weights are stored in half precision, which moves a logit by some 1e-3."""
         state = {name: value.to(torch.float16).contiguous() for name, value in self.state_dict().items()}
-        written = {"kind": self.kind, "config": json.dumps(dataclasses.asdict(self.config))}  # type: ignore[call-overload]
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(state, path, metadata=written)
+        save_file(state, path, metadata={"kind": self.kind, "about": json.dumps(self.about)})
 
     @classmethod
     def open(cls, name_or_path: str | Path) -> Self:
@@ -52,7 +71,7 @@ class _Network(nn.Module):
 
 
 @cache
-def _opened(cls: type[_Network], name_or_path: str) -> _Network:
+def _opened(cls: type[JudgeNetwork], name_or_path: str) -> JudgeNetwork:
     embedded = WEIGHTS / f"{name_or_path}.safetensors"
     path = embedded if embedded.is_file() else Path(name_or_path)
     if not path.is_file():
@@ -60,11 +79,11 @@ def _opened(cls: type[_Network], name_or_path: str) -> _Network:
         raise UserError(f"network {name_or_path!r}: no such file or embedded network{hint}")
     try:
         with safe_open(path, framework="pt") as file:
-            about = file.metadata() or {}
+            header = file.metadata() or {}
             state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
-        if about.get("kind") != cls.kind:
-            raise UserError(f"network {name_or_path!r}: should be a {cls.kind}, is {about.get('kind', 'unmarked')!r}")
-        network = cls(cls.config_class(**json.loads(about["config"])))
+        if header.get("kind") != cls.kind:
+            raise UserError(f"network {name_or_path!r}: should be a {cls.kind}, is {header.get('kind', 'unmarked')!r}")
+        network = cls(json.loads(header["about"]))
         network.load_state_dict(state)
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"network {name_or_path!r}: cannot be opened: {' '.join(str(error).split())[:200]}") from error
@@ -72,36 +91,36 @@ def _opened(cls: type[_Network], name_or_path: str) -> _Network:
 
 
 @dataclass(kw_only=True)
-class ClassifierConfig:
-    """Shape of a `Classifier`."""
+class ClassifierShape(JudgeShape, name="classifier"):
+    """Convolutions and two linear layers."""
 
-    shape: list[int]
-    """Channels, height and width of its images."""
-    classes: Annotated[int, Field(ge=2)] = 10
-    """How many classes there are."""
     channels: list[int] = field(default_factory=lambda: [16, 32])
     """Width of each 3 x 3 convolution; the first keeps the size, each further one halves it."""
     hidden: Annotated[int, Field(ge=1)] = 64
     """Width of the last hidden layer: its activations are the features."""
 
+    def build(self, shape: Sequence[int], names: Sequence[str]) -> Classifier:
+        return Classifier({**dataclasses.asdict(self), "shape": list(shape), "names": list(names)})
 
-class Classifier(_Network):
-    """Convolutions and two linear layers. Everything is smooth: gradients reach the pixels."""
+
+class Classifier(JudgeNetwork):
+    """Says which class an image is of."""
 
     kind = "classifier"
-    config_class = ClassifierConfig
 
-    def __init__(self, config: ClassifierConfig) -> None:
-        super().__init__(config)
-        channels, height, width = config.shape
+    def __init__(self, about: dict[str, Any]) -> None:
+        super().__init__(about)
+        self.names: list[str] = about["names"]
+        channels, height, width = about["shape"]
         layers: list[nn.Module] = []
-        for number, out in enumerate(config.channels):
+        for number, out in enumerate(about["channels"]):
             layers += [nn.Conv2d(channels, out, 3, padding=1, stride=1 if number == 0 else 2), nn.GELU()]
             channels = out
             if number:
                 height, width = (height + 1) // 2, (width + 1) // 2
-        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * height * width, config.hidden), nn.GELU())
-        self.head = nn.Linear(config.hidden, config.classes)
+        hidden = about["hidden"]
+        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * height * width, hidden), nn.GELU())
+        self.head = nn.Linear(hidden, len(self.names))
 
     def features(self, images: Tensor) -> Tensor:
         """(B, C, H, W) in [0, 1] -> (B, hidden)."""
@@ -111,42 +130,52 @@ class Classifier(_Network):
         """(B, C, H, W) in [0, 1] -> logits (B, classes)."""
         return self.head(self.features(images))
 
+    def loss(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return cross_entropy(self(images), self._labels(prompts).to(images.device))
+
+    def right(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self(images).argmax(-1).cpu() == self._labels(prompts)
+
+    def _labels(self, prompts: Sequence[str]) -> Tensor:
+        return torch.tensor([self.names.index(prompt) for prompt in prompts])
+
 
 @dataclass(kw_only=True)
-class ReaderConfig:
-    """Shape of a `Reader`."""
+class ReaderShape(JudgeShape, name="reader"):
+    """Convolutions that leave one column per pixel column, each of which is a letter or nothing."""
 
-    shape: list[int]
-    """Channels, height and width of its images."""
-    alphabet: str = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-    """The letters that it knows."""
     channels: list[int] = field(default_factory=lambda: [16, 32, 48])
     """Width of each 3 x 3 convolution; all but the first halve the height."""
+    hidden: Annotated[int, Field(ge=1)] = 96
+    """Width of the layer that looks along the line, 7 columns at a time."""
+    alphabet: str = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    """The letters that it knows."""
+
+    def build(self, shape: Sequence[int], names: Sequence[str]) -> Reader:
+        return Reader({**dataclasses.asdict(self), "shape": list(shape)})
 
 
-class Reader(_Network):
-    """Reads one line of text: a letter or nothing per column, trained by CTC."""
+class Reader(JudgeNetwork):
+    """Reads one line of text; taught by CTC (Graves et al., 2006)."""
 
     kind = "reader"
-    config_class = ReaderConfig
 
-    def __init__(self, config: ReaderConfig) -> None:
-        super().__init__(config)
-        channels, height, _ = config.shape
+    def __init__(self, about: dict[str, Any]) -> None:
+        super().__init__(about)
+        self.alphabet: str = about["alphabet"]
+        channels, height, _ = about["shape"]
         layers: list[nn.Module] = []
-        for number, out in enumerate(config.channels):
-            stride = (1, 1) if number == 0 else (2, 1)
-            layers += [nn.Conv2d(channels, out, 3, padding=1, stride=stride), nn.GELU()]
+        for number, out in enumerate(about["channels"]):
+            layers += [nn.Conv2d(channels, out, 3, padding=1, stride=(1 if number == 0 else 2, 1)), nn.GELU()]
             channels = out
             if number:
                 height = (height + 1) // 2
         self.body = nn.Sequential(*layers)
-        self.mix = nn.Sequential(nn.Conv1d(channels * height, 96, 7, padding=3), nn.GELU())
-        self.head = nn.Conv1d(96, len(config.alphabet) + 1, 1)
-        self.alphabet = config.alphabet
+        self.mix = nn.Sequential(nn.Conv1d(channels * height, about["hidden"], 7, padding=3), nn.GELU())
+        self.head = nn.Conv1d(about["hidden"], len(self.alphabet) + 1, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) in [0, 1] -> log-probabilities (B, columns, letters + 1); the last one is "no letter"."""
+        """(B, C, H, W) in [0, 1] -> log-probabilities (B, W, letters + 1); the last one is "no letter"."""
         return self.head(self.mix(self.body(images * 2 - 1).flatten(1, 2))).transpose(1, 2).log_softmax(-1)
 
     def read(self, images: Tensor) -> list[str]:
@@ -157,3 +186,13 @@ class Reader(_Network):
             kept = [letter for letter, before in zip(row, [blank, *row[:-1]], strict=True) if letter != before]
             words.append("".join(self.alphabet[letter] for letter in kept if letter != blank))
         return words
+
+    def loss(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        columns = self(images).transpose(0, 1)
+        letters = torch.tensor([self.alphabet.index(letter) for prompt in prompts for letter in prompt])
+        widths = torch.full((len(prompts),), len(columns))
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        return ctc_loss(columns, letters, widths, lengths, blank=len(self.alphabet), zero_infinity=True)
+
+    def right(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return torch.tensor([text == prompt for text, prompt in zip(self.read(images), prompts, strict=True)])

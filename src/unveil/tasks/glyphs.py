@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -24,6 +24,7 @@ from unveil.tasks.images import ImageTask, require, stacked
 
 CONSONANTS = "BCDFGHJKLMNPQRSTVWXZ"
 VOWELS = "AEIOUY"
+LETTERS = "".join(sorted(CONSONANTS + VOWELS))
 HEIGHT, WIDTH = 12, 32
 SIZES = (9, 10, 11)
 """Of the type, in pixels: three capitals M fill the width at the largest."""
@@ -41,6 +42,9 @@ class Glyphs(ImageTask, name="glyphs"):
     """TrueType files, one of which is drawn at random for every image; none: the font inside Pillow."""
     label_noise: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of letters in the prompts of examples that are replaced by others of their kind (vowel or not)."""
+    examples_of: Literal["words", "strings"] = "words"
+    """What examples show: words of the split, or any one to three capitals (to teach a reader, who then guesses no
+    letter from its neighbours)."""
     judge_name: str = "glyphs-judge"
     """The reader that judges: an embedded one, or a path (`unveil.rewards.networks`)."""
 
@@ -75,7 +79,7 @@ class Glyphs(ImageTask, name="glyphs"):
 
     def examples(self, split: Split, count: int, seed: int) -> tuple[list[str], Tensor]:
         rng = random.Random(f"glyphs/{split}/examples/{seed}")
-        words = [rng.choice(self.words[split]) for _ in range(count)]
+        words = [self._word(split, rng) for _ in range(count)]
         images = self.draw(words, rng)
         return ["".join(self._misheard(letter, rng) for letter in word) for word in words], images
 
@@ -117,6 +121,11 @@ class Glyphs(ImageTask, name="glyphs"):
     def measure(self, problems: Sequence[Problem], samples: Sequence[Any]) -> dict[str, float]:
         """``diversity``: mean distance between two images of the same word."""
         return {"diversity": group_diversity(stacked(samples).flatten(1), [problem.prompt for problem in problems])}
+
+    def _word(self, split: Split, rng: random.Random) -> str:
+        if self.examples_of == "words":
+            return rng.choice(self.words[split])
+        return "".join(rng.choices(LETTERS, k=rng.choice((1, 2, 3, 3, 3))))
 
     def _misheard(self, letter: str, rng: random.Random) -> str:
         kind = VOWELS if letter in VOWELS else CONSONANTS
