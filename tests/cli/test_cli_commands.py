@@ -233,10 +233,10 @@ def test_eval_grid(capsys: pytest.CaptureFixture[str], runs: Path, tmp_path: Pat
         ("threshold:threshold=0.5", None, None), ("threshold:threshold=0.5", None, 6),
         ("rcr", 4, None), ("rcr", 4, 6), ("rcr", 12, None), ("rcr", 12, 6),
     ]  # fmt: skip
-    assert results[0]["forwards_per_problem"] == 4
+    assert results[0]["forwards_per_completion"] == 4
     assert all(line["length"] == 12 and line["problems"] == 6 for line in results)
-    records = [json.loads(line) for line in out.read_text().splitlines()]
-    assert len(records) == 6 * len(results)
+    settings, *records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert list(settings) == ["settings"] and len(records) == 6 * len(results)
     first = [
         record for record in records if record["decoder"] == "lcr" and record["steps"] == 4 and not record["block"]
     ]

@@ -208,7 +208,7 @@ def _frequencies(count: int) -> Tensor:
 
 
 def draw_weights(module: nn.Module, generator: torch.Generator, zero: Sequence[str]) -> None:
-    """Matrices and kernels normal with std 1/sqrt(inputs), embeddings with std 0.02, norms 1, biases 0.
+    """Matrices and kernels normal with std 1/sqrt(inputs), embeddings with std 1, norms 1, biases 0.
 
     Args:
         zero: ends of parameter names that start at 0, so that every block starts as the identity.
@@ -220,6 +220,5 @@ def draw_weights(module: nn.Module, generator: torch.Generator, zero: Sequence[s
         elif parameter.dim() == 1:
             nn.init.ones_(parameter)
         else:
-            narrow = id(parameter) in embeddings or name.endswith("position")
-            std = 0.02 if narrow else 1 / math.sqrt(parameter[0].numel())
+            std = 1.0 if id(parameter) in embeddings else 1 / math.sqrt(parameter[0].numel())
             nn.init.normal_(parameter, std=std, generator=generator)

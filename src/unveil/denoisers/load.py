@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 from pathlib import Path
@@ -58,6 +59,21 @@ def model_folder(name_or_path: str | Path) -> Path:
         return hub.download(str(name_or_path))
     hint = did_you_mean(str(name_or_path), embedded_models())
     raise UserError(f"model {str(name_or_path)!r}: no such folder or embedded model{hint}")
+
+
+def fingerprint(name_or_path: str | Path) -> str:
+    """Digest of a model's weights, configuration and tokenizer: equal for equal files, wherever they lie.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    folder = model_folder(name_or_path)
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted([*folder.glob("*.safetensors"), folder / "config.json", *folder.glob("tokenizer*.json")]):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "blake2b").digest())
+    return digest.hexdigest()
 
 
 def load_denoiser(

@@ -16,10 +16,11 @@ from unveil.samplers.trajectory import Trajectory
 from unveil.seeds import derive_seed
 from unveil.tasks.base import Problem, Task, Verdict
 from unveil.tasks.medium import Origins, Sample, medium_of, text_tokens, unigram_entropy
+from unveil.tasks.statistics import wilson
 
 __all__ = [
     "Evaluation", "GenerativeQuality", "Judged", "evaluate", "generative_perplexity", "judge", "over_denoised",
-    "sample_problems", "text_tokens", "unigram_entropy", "wilson",
+    "sample_problems", "text_tokens", "unigram_entropy",
 ]  # fmt: skip
 
 
@@ -204,6 +205,12 @@ def chain_copies(problems: Sequence[Problem]) -> list[int]:
     return found
 
 
+def chain_seeds(problems: Sequence[Problem], seed: int) -> list[int]:
+    """One seed per chain: of the run's seed, the problem, and how often it was listed before."""
+    copies = chain_copies(problems)
+    return [derive_seed(seed, problem.id, copy) for problem, copy in zip(problems, copies, strict=True)]
+
+
 def sample_problems(
     denoiser: Denoiser,
     problems: Sequence[Problem],
@@ -221,8 +228,8 @@ def sample_problems(
     ``how`` says where chains start (`Medium.start`): of text, ``initial`` and ``frozen`` as in `Canvas.of`.
     """
     copies = chain_copies(problems)
-    seeds = [derive_seed(seed, problem.id, copy) for problem, copy in zip(problems, copies, strict=True)]
     origins = Origins(problems=[derive_seed(seed, problem.id) for problem in problems], copies=copies)
+    seeds = chain_seeds(problems, seed)
     prompts = [problem.prompt for problem in problems]
     start = medium_of(denoiser).start(denoiser, prompts, response_length, origins, **how)
     was_training = denoiser.training
@@ -231,12 +238,3 @@ def sample_problems(
         return sampler.sample(denoiser, start, seeds, needs=needs, batch_size=batch_size, on_batch=on_batch)
     finally:
         denoiser.train(was_training)
-
-
-def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson score interval of a proportion."""
-    p = successes / trials
-    centre = p + z * z / (2 * trials)
-    spread = z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
-    scale = 1 + z * z / trials
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from unveil.denoisers.base import MaskedDenoiser
 from unveil.learning.denoising import Corrupted, corrupt, elbo_loss
+from unveil.learning.matching import TimeDistribution, UniformTimes
+from unveil.processes.gaussian import Prediction
 from unveil.registry import UserError
 from unveil.samplers.base import Sampler
 from unveil.samplers.canvas import Canvas
@@ -35,6 +37,18 @@ class MixedTask:
 
 
 @dataclass(kw_only=True)
+class MatchingConfig:
+    """How a continuous denoiser is taught."""
+
+    times: TimeDistribution = field(default_factory=UniformTimes)
+    """At which times."""
+    space: Prediction | None = None
+    """The parameterisation whose squared error counts; None: what the network predicts."""
+    drop_prompt: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of examples that are learned without their prompt, for the unconditional model of guidance."""
+
+
+@dataclass(kw_only=True)
 class DenoisingConfig:
     """What the denoiser is taught."""
 
@@ -43,12 +57,14 @@ class DenoisingConfig:
     file: str | None = None
     """JSON lines with ``prompt`` and ``completion`` instead of tasks (supervised fine-tuning on your own data)."""
     response_length: Annotated[int, Field(ge=1)] = 12
-    """Response positions; shorter solutions are filled up with end tokens, which are learned like text."""
+    """Response positions of a model of text; shorter solutions are filled up with end tokens, learned like text."""
     batch: Annotated[int, Field(ge=1)] = 128
     """Examples per update."""
     form: Literal["time", "count"] = "count"
-    """ELBO estimator: t uniform with weight 1/t (all that networks which are told the time can use), or n masks
-    uniform with the exact weight length/n."""
+    """ELBO estimator of a model of text: t uniform with weight 1/t (all that networks which are told the time can use),
+    or n masks uniform with the exact weight length/n."""
+    matching: MatchingConfig = field(default_factory=MatchingConfig)
+    """The loss of a model of images."""
 
 
 @dataclass(kw_only=True)

@@ -16,12 +16,15 @@ from pydantic import Field
 
 from unveil import __version__
 from unveil.denoisers.base import Denoiser, MaskedDenoiser
+from unveil.denoisers.continuous import ContinuousDenoiser
+from unveil.denoisers.image import Classes, ImageDenoiser, ImageModel, ImageNetwork, Prompts
 from unveil.denoisers.load import load_denoiser
 from unveil.denoisers.pretrained import Dtype
 from unveil.denoisers.score import ScoreConfig, ScoreDenoiser
 from unveil.denoisers.tokenizer import TextTokenizer
 from unveil.denoisers.transformer import TransformerConfig, TransformerDenoiser
 from unveil.denoisers.unmask import UnmaskNetwork
+from unveil.processes.gaussian import Flow, GaussianProcess, Prediction
 from unveil.recipe import dump, to_yaml
 from unveil.registry import UserError
 from unveil.rewards.networks import JudgeShape
@@ -32,6 +35,7 @@ from unveil.training.distribution import Ranks
 from unveil.training.judge_job import JudgeData, JudgeEval, JudgeJob, fresh_judge
 from unveil.training.log import LogConfig, RunLog
 from unveil.training.lora import Adapter, LoraSettings
+from unveil.training.matching_job import MatchingJob, check_images
 from unveil.training.policy_config import PolicyConfig, PolicyEval
 from unveil.training.policy_job import PolicyJob
 from unveil.training.snapshots import SnapshotConfig
@@ -41,11 +45,27 @@ Progress = Callable[[int, dict[str, Any]], None]
 
 
 @dataclass(kw_only=True)
+class NewImageModel:
+    """A denoiser of images from scratch. The shape of its images is that of the first task."""
+
+    network: ImageNetwork
+    """The network."""
+    prompts: Prompts | None = None
+    """What it is conditioned on; None: the prompts that the first task has, one class each."""
+    process: GaussianProcess = field(default_factory=Flow)
+    """The path that it is trained on."""
+    prediction: Prediction = "u"
+    """What it predicts."""
+
+
+@dataclass(kw_only=True)
 class NewModel:
     """A denoiser from scratch, or the one that supervised fine-tuning starts from."""
 
     path: str | None = None
     """Start from this model; then the other fields are not used."""
+    image: NewImageModel | None = None
+    """A network over images; then the fields below, of a network over words, are not used."""
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
     """Its shape."""
     prediction: Literal["logits", "log_score"] = "logits"
@@ -155,14 +175,15 @@ def pretrain(recipe: PretrainRecipe, run: Path, *, resume: bool = False, progres
         UserError: before any work, if something in the recipe or the run folder does not fit.
     """
     ranks = Ranks()
-    denoiser = _new_denoiser(recipe.model, recipe.seed).to(ranks.device)
+    denoiser = _new_denoiser(recipe.model, recipe.data, recipe.seed).to(ranks.device)
     trainer = Trainer(
         denoiser, recipe.optim, recipe.checkpoint, recipe.snapshots,
         updates=recipe.updates, eval_every=recipe.eval.every, run=run, ranks=ranks,
     )  # fmt: skip
 
     def make(log: RunLog) -> Job:
-        return DenoisingJob(trainer, recipe.data, recipe.eval, log, seed=recipe.seed)
+        kind = MatchingJob if isinstance(denoiser, ContinuousDenoiser) else DenoisingJob
+        return kind(trainer, recipe.data, recipe.eval, log, seed=recipe.seed)
 
     return _run(recipe, "pretrain", run, trainer, make, resume=resume, progress=progress)
 
@@ -279,9 +300,11 @@ def _draft_log(run: Path) -> RunLog:
     return RunLog(run, LogConfig(tensorboard=False))
 
 
-def _new_denoiser(model: NewModel, seed: int) -> Denoiser:
+def _new_denoiser(model: NewModel, data: DenoisingConfig, seed: int) -> Denoiser:
     if model.path is not None:
         return load_denoiser(model.path)
+    if model.image is not None:
+        return _new_image_denoiser(model.image, data, seed)
     words = [str(number) for number in range(model.largest_number + 1)] + model.words
     try:
         tokenizer = TextTokenizer.of_words(words)
@@ -292,6 +315,23 @@ def _new_denoiser(model: NewModel, seed: int) -> Denoiser:
         denoiser = ScoreDenoiser(ScoreConfig(**vars(model.transformer)), tokenizer)
     else:
         denoiser = TransformerDenoiser(model.transformer, tokenizer)
+    denoiser.initialise(generator(seed, "weights"))
+    return denoiser
+
+
+def _new_image_denoiser(model: NewImageModel, data: DenoisingConfig, seed: int) -> ImageDenoiser:
+    if not data.tasks:
+        raise UserError("data.tasks: needed for a model of images")
+    task: Any = data.tasks[0].task
+    check_images(task, "data.tasks.0")
+    prompts = model.prompts or Classes(names=tuple(task.vocabulary))
+    try:
+        config = ImageModel(
+            shape=task.shape, prompts=prompts, network=model.network, process=model.process, prediction=model.prediction
+        )
+        denoiser = ImageDenoiser(config)
+    except UserError as error:
+        raise UserError(f"model.image.{error}") from error
     denoiser.initialise(generator(seed, "weights"))
     return denoiser
 
