@@ -3,17 +3,21 @@ rollouts and the gradient steps on it."""
 
 from __future__ import annotations
 
+import functools
+import itertools
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from unveil.learning.advantages import Advantage, terminal
+from unveil.learning.advantages import terminal
 from unveil.learning.views import Inner
 from unveil.registry import UserError
+from unveil.rewards.base import Sum
 from unveil.samplers.base import Sampler
 from unveil.samplers.masked import MaskedSampler
 from unveil.seeds import derive_seed, generator
@@ -24,7 +28,7 @@ from unveil.training.gradient_steps import GradientSteps, Means
 from unveil.training.log import RunLog
 from unveil.training.policy_config import PolicyConfig, PolicyEval, ProblemFilter
 from unveil.training.records import sample_records, trajectory_records
-from unveil.training.rewarding import Rewarded, RewardsLost, reward_chains
+from unveil.training.rewarding import Rewarded, RewardsLost, bundle_means, reward_chains
 from unveil.training.rollouts import Rollouts
 from unveil.training.trainer import Optimise, Trainer
 
@@ -91,7 +95,7 @@ class PolicyJob:
             metrics |= said
         trajectory = rollouts.trajectory
         scored = self._count_failures(update, metrics)
-        advantages = _advantages(policy.advantage, rollouts)
+        advantages = _advantages(policy, rollouts)
         metrics |= {
             "advantage_abs": (advantages.abs().sum() / trajectory.active.sum().clamp(min=1)).item(),
             "zero_variance_groups": _equal_groups(rollouts).float().mean().item(),
@@ -133,7 +137,8 @@ class PolicyJob:
                 )
                 if not self.trainer.ranks.main:
                     continue
-                self.log.metrics("eval", update, {"decoder": name, **result.summary()})
+                means = bundle_means(self.policy.reward, self.held_out, result.judged)
+                self.log.metrics("eval", update, {"decoder": name, **result.summary(), **means})
                 mark = {"step": update, "decoder": name}
                 self.log.lines("samples.jsonl", sample_records(shown, result, self.medium, mark))
                 records = trajectory_records(self.denoiser, self.policy.task, shown, sampler, length, mark)
@@ -188,30 +193,52 @@ class PolicyJob:
         **how: Any,
     ) -> Rollouts:
         """Draw and judge one chain per problem; see `unveil.training.rollouts.Roll`."""
-        policy, rollout = self.policy, self.policy.rollout
-        own = [label] if label else []
-        trajectory = sample_problems(
-            self.denoiser, problems, sampler or self._sampler(update), response_length=rollout.response_length,
-            seed=derive_seed(self.seed, "rollout", update, *own), needs=self._needs(), batch_size=rollout.batch_size,
-            **how,
-        )  # fmt: skip
-        # Ranks are asked once at the end of an update: a hook may draw on some of them only.
-        self.rolled += len(problems)
-        self.spent += trajectory.forwards
+        rollout, own, copies = self.policy.rollout, [label] if label else [], chain_copies(problems)
+        seeds = [
+            derive_seed(self.seed, "chain", update, problem.id, copy, *own)
+            for problem, copy in zip(problems, copies, strict=True)
+        ]
+
+        def drawn(part: slice) -> Any:
+            trajectory = sample_problems(
+                self.denoiser, problems[part], sampler or self._sampler(update),
+                response_length=rollout.response_length, seed=derive_seed(self.seed, "rollout", update, *own),
+                needs=self._needs(), batch_size=rollout.batch_size, copies=copies[part], **how,
+            )  # fmt: skip
+            # Ranks are asked once at the end of an update: a hook may draw on some of them only.
+            self.rolled += len(problems[part])
+            self.spent += trajectory.forwards
+            return trajectory
+
+        if how or not rollout.score_beside:
+            found = [self._scored(problems, group, seeds, drawn(slice(None)))]
+        else:
+            with ThreadPoolExecutor(1) as beside:
+                parts = _portions(group, rollout.batch_size)
+                # The next trajectory is drawn while the thread is busy with the last one.
+                waiting = [
+                    beside.submit(self._scored, problems[part], group[part], seeds[part], drawn(part)) for part in parts
+                ]
+                found = [one.result() for one in waiting]
+        self.rewarded += [rewarded for _, rewarded in found]
+        return functools.reduce(Rollouts.extend, [rollouts for rollouts, _ in found])
+
+    @torch.no_grad()
+    def _scored(
+        self, problems: list[Problem], group: Tensor, seeds: list[int], trajectory: Any
+    ) -> tuple[Rollouts, Rewarded]:
+        """Chains with their verdicts and rewards."""
+        policy = self.policy
         judged = judge(policy.task, problems, self.denoiser, trajectory)
         rewarded = reward_chains(policy.reward, problems, judged, trajectory, self.medium)
-        self.rewarded.append(rewarded)
         rewards = rewarded.values
         if policy.shaping is not None:
             rewards = policy.shaping.shape(rewards, trajectory) * rewarded.known[:, None]
-        seeds = [
-            derive_seed(self.seed, "chain", update, problem.id, copy, *own)
-            for problem, copy in zip(problems, chain_copies(problems), strict=True)
-        ]
-        return Rollouts(
+        rollouts = Rollouts(
             problems=problems, group=group, trajectory=trajectory, judged=judged, rewards=rewards,
-            known=rewarded.known, seeds=seeds,
+            known=rewarded.known, seeds=seeds, parts=rewarded.parts,
         )  # fmt: skip
+        return rollouts, rewarded
 
     def _sampler(self, update: int) -> Sampler:
         rollout = self.policy.rollout
@@ -269,20 +296,36 @@ class PolicyJob:
             "steps_per_chain": active.sum(1).float().mean().item(),
             "unfinished": trajectory.unfinished.float().mean().item(),
         }
-        values |= {f"reward/{name}": mean for name, mean in self.rewarded[0].parts.items()}
+        values |= {f"reward/{name}": terminal(own, active).nanmean().item() for name, own in rollouts.parts.items()}
         if judged.guess_correct is not None:
             values["over_denoising"] = over_denoised(judged).float().mean().item()
             values["guess_accuracy"] = (judged.guess_correct.sum(0) / active.sum(0).clamp(min=1)).tolist()
         return values
 
 
-def _advantages(advantage: Advantage, rollouts: Rollouts) -> Tensor:
+def _portions(group: Tensor, size: int) -> list[slice]:
+    """Slices of whole groups of (B,), as many as fit ``size`` chains, at least one."""
+    borders = [0, *((group[1:] != group[:-1]).nonzero().flatten() + 1).tolist(), len(group)]
+    chosen = [0]
+    for border, after in itertools.pairwise(borders):
+        if border > chosen[-1] and after - chosen[-1] > size:
+            chosen.append(border)
+    return [slice(start, end) for start, end in itertools.pairwise([*chosen, len(group)])]
+
+
+def _advantages(policy: PolicyConfig, rollouts: Rollouts) -> Tensor:
     """(B, S); a chain without a reward is no member of its group, and has advantage 0."""
     known, trajectory = rollouts.known, rollouts.trajectory
     values = torch.zeros(trajectory.active.shape)
-    if known.any():
-        own = (rollouts.rewards[known], trajectory.active[known], rollouts.group[known])
-        values[known] = advantage.advantages(*own)
+    if not known.any():
+        return values
+    active, group = trajectory.active[known], rollouts.group[known]
+    if policy.advantage.reads_parts:
+        assert isinstance(policy.reward, Sum)
+        parts = {name: own[known] for name, own in rollouts.parts.items()}
+        values[known] = policy.advantage.mix(parts, policy.reward.weights, active, group)
+    else:
+        values[known] = policy.advantage.advantages(rollouts.rewards[known], active, group)
     return values
 
 

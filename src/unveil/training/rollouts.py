@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -29,6 +29,7 @@ class Rollouts:
         known: (B,) False for chains without a reward, because it failed or does not apply: 0 in ``rewards``, and left
             out of their groups.
         seeds: one per chain, for everything random that is done with it.
+        parts: (B, S) like ``rewards``, of every part of a sum of rewards, before any shaping; nan where there is none.
     """
 
     problems: list[Problem]
@@ -38,6 +39,7 @@ class Rollouts:
     rewards: Tensor
     known: Tensor
     seeds: list[int]
+    parts: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.problems)
@@ -68,6 +70,7 @@ class Rollouts:
             rewards=self.rewards[index],
             known=self.known[index],
             seeds=[self.seeds[place] for place in places],
+            parts={name: values[index] for name, values in self.parts.items()},
         )
 
     def extend(self, other: Rollouts) -> Rollouts:
@@ -98,6 +101,10 @@ class Rollouts:
             rewards=rewards,
             known=torch.cat([self.known, other.known]),
             seeds=[*self.seeds, *other.seeds],
+            parts={
+                name: torch.cat([_widen(values, steps), _widen(other.parts[name], steps)])
+                for name, values in self.parts.items()
+            },
         )
 
     def replace(self, rows: Tensor, other: Rollouts, other_rows: Tensor) -> Rollouts:
