@@ -227,6 +227,10 @@ def newest(run: Path) -> dict[str, Any]:
     return load_state(list_checkpoints(run / "checkpoints")[-1])
 
 
+def newest_but_one(run: Path) -> dict[str, Any]:
+    return load_state(list_checkpoints(run / "checkpoints")[-2])
+
+
 def same(left: Any, right: Any, where: str = "") -> list[str]:
     """Paths at which two nested states differ in any bit; seconds do not count."""
     if isinstance(left, Tensor):

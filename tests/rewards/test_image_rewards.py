@@ -200,7 +200,7 @@ def test_a_part_for_evaluation_is_asked_then_alone(ddpo: Any) -> None:
             "judge": Part(reward=Metric(key="distance"), role="evaluate", weight=9.0),
         }
     )
-    assert bundle.weights == {"size": 0.0}
+    assert bundle.part_weights == {"size": 0.0}
     images, metadata = [torch.zeros(3, 8, 8)], [{"metrics": {"distance": 2.5}}]
     training = bundle.ask(images, ["p"], metadata)
     assert list(training.parts) == ["size", "bright"] and training.failures() == []

@@ -21,9 +21,10 @@ from unveil.rewards.images import JpegSize
 from unveil.rewards.trl import Trl
 from unveil.systems.unmasking_policies import Speed
 from unveil.tasks.medium import Text
-from unveil.training.policy_job import PolicyJob, _advantages, _portions
+from unveil.training.outcome import Outcome
+from unveil.training.policy_job import PolicyJob
 from unveil.training.rewarding import RewardsLost, reward_chains
-from unveil.training.rollouts import Rollouts
+from unveil.training.rollouts import Rollouts, portions
 from unveil.training.runs import TrainRecipe, train
 
 
@@ -94,7 +95,7 @@ def test_a_chain_without_a_score_is_no_member_of_its_group(tmp_path: Path, syste
     rollouts = rolled(job)
     known = rollouts.known
     assert 2 <= known.sum() < 16
-    advantages = _advantages(job.policy, rollouts)
+    advantages = Outcome.of(rollouts).advantages(job.policy.advantage, job.policy.reward.part_weights)
     assert not advantages[~known].any()
     rows = known.nonzero().flatten()
     alone = job.policy.advantage.advantages(
@@ -171,7 +172,7 @@ def test_group_advantages_of_one_known_chain_are_zero(tmp_path: Path) -> None:
     rollouts = rolled(job)
     rollouts.known[:] = False
     rollouts.known[5] = True
-    assert not _advantages(tiny.policy("diffu_grpo"), rollouts).any()
+    assert not Outcome.of(rollouts).advantages(GroupAdvantage()).any()
     assert reward_chains(Correct(), rollouts.problems, rollouts.judged, rollouts.trajectory, Text()).known.all()
 
 
@@ -201,10 +202,10 @@ def test_normalise_then_sum_is_the_weighted_sum_of_the_parts_own_advantages(tmp_
     want = 2 * GroupAdvantage().advantages(rollouts.parts["right"], active, group)
     alone = GroupAdvantage().advantages(rollouts.parts["words"][applies], active[applies], group[applies])
     want[applies] -= 0.5 * alone
-    found = _advantages(job.policy, rollouts)
+    found = Outcome.of(rollouts).advantages(job.policy.advantage, job.policy.reward.part_weights)
     assert torch.allclose(found, want, atol=1e-6) and found.any()
-    summed = tiny.policy("diffu_grpo", reward=bundle())
-    assert not torch.allclose(found, _advantages(summed, rollouts), atol=1e-2), "summing first is another thing"
+    summed = Outcome.of(rollouts).advantages(GroupAdvantage())
+    assert not torch.allclose(found, summed, atol=1e-2), "summing first is another thing"
     assert job.update(0, job.trainer.optimise)["advantage_abs"] > 0
 
 
@@ -223,7 +224,7 @@ def test_mixing_needs_a_sum_of_whole_samples(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=said):
             tiny.policy("diffu_grpo", **changes)
-    with pytest.raises(UserError, match="of: 'mixed' is not one number per chain"):
+    with pytest.raises(UserError, match="of: 'mixed' cannot be asked about every part"):
         Mixed(of=Mixed())
 
 
@@ -286,6 +287,6 @@ def test_a_reward_that_fails_beside_is_counted(tmp_path: Path) -> None:
 
 def test_portions_are_whole_groups() -> None:
     group = torch.arange(5).repeat_interleave(4)
-    assert _portions(group, 8) == [slice(0, 8), slice(8, 16), slice(16, 20)]
-    assert _portions(group, 3) == [slice(at, at + 4) for at in range(0, 20, 4)]
-    assert _portions(group, 100) == [slice(0, 20)] and _portions(torch.zeros(3), 2) == [slice(0, 3)]
+    assert portions(group, 8) == [slice(0, 8), slice(8, 16), slice(16, 20)]
+    assert portions(group, 3) == [slice(at, at + 4) for at in range(0, 20, 4)]
+    assert portions(group, 100) == [slice(0, 20)] and portions(torch.zeros(3), 2) == [slice(0, 3)]

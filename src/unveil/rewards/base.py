@@ -71,6 +71,11 @@ class Reward(Plugin, family="reward"):
     medium: ClassVar[Literal["text", "image"] | None] = None
     """What it can score; None: whatever comes."""
 
+    @property
+    def part_weights(self) -> dict[str, float]:
+        """Of the parts that a sum optimises."""
+        return {}
+
     def scores(self, completions: list[Any], prompts: list[str], metadata: list[Metadata]) -> Sequence[Score]:
         """N scores of N completions. May raise anything: all N have then failed.
 
@@ -169,8 +174,7 @@ class Sum(Reward, name="sum"):
             part.reward.check_medium(medium, f"{path}.parts.{name}.reward")
 
     @property
-    def weights(self) -> dict[str, float]:
-        """Of the optimised parts."""
+    def part_weights(self) -> dict[str, float]:
         return {name: part.weight for name, part in self.parts.items() if part.role == "optimise"}
 
     def scores(self, completions: list[Any], prompts: list[str], metadata: list[Metadata]) -> Sequence[Score]:

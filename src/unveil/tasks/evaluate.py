@@ -229,9 +229,8 @@ def sample_problems(
 ) -> Any:
     """One chain per problem; a problem that is listed G times gets G chains with noise of their own.
 
-    ``copies`` says which chain of its problem each one is, where some of them are drawn elsewhere.
-
-    ``how`` says where chains start (`Medium.start`): of text, ``initial`` and ``frozen`` as in `Canvas.of`.
+    ``copies`` numbers the chains of a problem if these are not all of them (None: `chain_copies`). ``how`` says where
+    chains start (`Medium.start`): of text, ``initial`` and ``frozen`` as in `Canvas.of`.
     """
     copies = chain_copies(problems) if copies is None else copies
     origins = Origins(problems=[derive_seed(seed, problem.id) for problem in problems], copies=copies)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
@@ -170,6 +171,16 @@ class Shaping(Plugin, family="shaping"):
     def shape(self, rewards: Tensor, trajectory: Any) -> Tensor:
         """New rewards (B, S) from ``rewards`` (B, S)."""
         raise NotImplementedError
+
+
+def portions(group: Tensor, size: int) -> list[slice]:
+    """Slices of whole groups of (B,), as many as fit ``size`` chains, at least one."""
+    borders = [0, *((group[1:] != group[:-1]).nonzero().flatten() + 1).tolist(), len(group)]
+    chosen = [0]
+    for border, after in itertools.pairwise(borders):
+        if border > chosen[-1] and after - chosen[-1] > size:
+            chosen.append(border)
+    return [slice(start, end) for start, end in itertools.pairwise([*chosen, len(group)])]
 
 
 def _widen(value: Tensor, steps: int) -> Tensor:
