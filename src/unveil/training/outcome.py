@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from unveil.learning.advantages import Advantage, terminal
+from unveil.seeds import derive_seed
 from unveil.tasks.evaluate import over_denoised
 from unveil.training.distribution import Ranks
 from unveil.training.rollouts import Rollouts
@@ -24,6 +25,7 @@ class Outcome:
 
     Attributes:
         group: (B,) the group of a chain.
+        prompt: (B,) an id of the prompt, the same at all updates.
         rewards: (B, S) of the guess at each step, 0 where it is not known.
         active: (B, S) True where a step happened.
         known: (B,) False for chains without a reward.
@@ -35,6 +37,7 @@ class Outcome:
     """
 
     group: Tensor
+    prompt: Tensor
     rewards: Tensor
     active: Tensor
     known: Tensor
@@ -51,6 +54,7 @@ class Outcome:
         recorded = judged.guess_correct is not None
         return cls(
             group=rollouts.group,
+            prompt=torch.tensor([derive_seed(problem.prompt) for problem in rollouts.problems]),
             rewards=rollouts.rewards,
             active=trajectory.active,
             known=rollouts.known,
@@ -80,7 +84,8 @@ class Outcome:
         """(B, S); a chain without a reward is no member of its group, and has advantage 0."""
         known, values = self.known, torch.zeros(self.active.shape)
         if known.any():
-            values[known] = advantage.advantages(self.rewards[known], self.active[known], self.group[known])
+            together = self.prompt if advantage.by_prompt else self.group
+            values[known] = advantage.advantages(self.rewards[known], self.active[known], together[known])
         return values
 
     def equal_groups(self) -> Tensor:
