@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_images as tiny
 import torch
 from torch import Tensor
 
+import tiny_images as tiny
 from unveil.learning.latents import TransitionLikelihood
 from unveil.processes.gaussian import Flow, GaussianProcess, VarianceExploding, VariancePreserving
 from unveil.processes.kernels import CoefficientsPreserving, DanceSde, Ddim, FlowSde, deterministic
@@ -56,7 +56,8 @@ def test_replayed_steps_are_those_that_were_drawn_bit_for_bit(
     # At t = 1 a flow holds nothing of the data: eps says nothing there.
     sampler = tiny.sampler(kernel=kernel, grid=Uniform(start=0.98), guidance=ClassifierFree(scale=2.0, rescale=0.3))
     chains = draw(net, sampler)
-    assert chains.noisy[:, :-1].all() and (chains.noisy[:, -1].all() != isinstance(kernel, Ddim | CoefficientsPreserving))
+    clean_end = isinstance(kernel, Ddim | CoefficientsPreserving)
+    assert chains.noisy[:, :-1].all() and chains.noisy[:, -1].all() != clean_end
     likelihood = TransitionLikelihood(reduce="sum")
     for step in range(int(chains.noisy[0].sum())):
         chosen = torch.zeros(chains.active.shape)

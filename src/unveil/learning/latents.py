@@ -32,6 +32,8 @@ class StepViews(Views):
         trajectory: the chains, with ``latents`` and ``times``.
     """
 
+    steps_are_units: ClassVar[bool] = True
+
     trajectory: LatentTrajectory
 
     @property

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from unveil.learning.advantages import Advantage, terminal
+from unveil.seeds import derive_seed
 from unveil.tasks.evaluate import over_denoised
 from unveil.training.distribution import Ranks
 from unveil.training.rollouts import Rollouts
@@ -24,6 +25,7 @@ class Outcome:
 
     Attributes:
         group: (B,) the group of a chain.
+        prompt: (B,) an id of the prompt, the same at all updates.
         rewards: (B, S) of the guess at each step, 0 where it is not known.
         active: (B, S) True where a step happened.
         known: (B,) False for chains without a reward.
@@ -35,6 +37,7 @@ class Outcome:
     """
 
     group: Tensor
+    prompt: Tensor
     rewards: Tensor
     active: Tensor
     known: Tensor
@@ -51,6 +54,7 @@ class Outcome:
         recorded = judged.guess_correct is not None
         return cls(
             group=rollouts.group,
+            prompt=torch.tensor([derive_seed(problem.prompt) for problem in rollouts.problems]),
             rewards=rollouts.rewards,
             active=trajectory.active,
             known=rollouts.known,
@@ -84,7 +88,7 @@ class Outcome:
         known, values = self.known, torch.zeros(self.active.shape)
         if not known.any():
             return values
-        active, group = self.active[known], self.group[known]
+        active, group = self.active[known], (self.prompt if advantage.by_prompt else self.group)[known]
         if advantage.reads_parts:
             parts = {name: own[known] for name, own in self.parts.items()}
             values[known] = advantage.mix(parts, weights or {}, active, group)

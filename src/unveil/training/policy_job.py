@@ -22,7 +22,7 @@ from unveil.seeds import derive_seed, generator
 from unveil.tasks.base import Problem
 from unveil.tasks.evaluate import chain_copies, evaluate, judge, sample_problems
 from unveil.tasks.medium import medium_of
-from unveil.training.gradient_steps import GradientSteps, Means
+from unveil.training.gradient_steps import GradientSteps
 from unveil.training.log import RunLog
 from unveil.training.outcome import Outcome, mean_over_ranks
 from unveil.training.policy_config import PolicyConfig, PolicyEval, ProblemFilter
@@ -31,6 +31,7 @@ from unveil.training.rewarding import Rewarded, RewardsLost, bundle_means, rewar
 from unveil.training.rollouts import Rollouts, portions
 from unveil.training.trainer import Optimise, Trainer
 
+SNAPSHOT_KEYS = {"old": "old", "ema": "ema_decay"}
 LOST_UPDATES = 3
 """Updates in a row without a single score after which a run stops."""
 
@@ -67,12 +68,23 @@ class PolicyJob:
             raise UserError(
                 "policy.rollout.sampler.temperature: should be greater than 0, got 0 (a group would be all equal)"
             )
+        kept = {"reference", *trainer.snapshots.sets}
+        if missing := [(key, name) for name, key in policy.snapshots.items() if name not in kept]:
+            key, name = missing[0]
+            raise UserError(
+                f"{key}: {name!r}, but the run keeps no such snapshot (give snapshots.{SNAPSHOT_KEYS[name]})"
+            )
         self.held_out = policy.task.problems("test", evaluation.problems, 0)
         self.medium.check_fits(self.denoiser, [p.prompt for p in self.held_out], rollout.response_length)
         world, whole = trainer.ranks.world, policy.groups is not None
         if rollout.prompts * (1 if whole else rollout.group_size) < world:
             what = "whole groups (policy.groups needs them)" if whole else "chains (prompts * group_size)"
             raise UserError(f"policy.rollout.prompts: {rollout.prompts} give fewer {what} than the {world} processes")
+        if rollout.prompts * rollout.group_size < policy.minibatches * trainer.ranks.world:
+            raise UserError(
+                f"policy.minibatches: {policy.minibatches} are more than the chains of a process "
+                f"({rollout.prompts * rollout.group_size // trainer.ranks.world})"
+            )
         self.pool: list[Problem] = []
         self.rolled = self.spent = self.lost_updates = 0
         self.rewarded: list[Rewarded] = []
@@ -106,16 +118,17 @@ class PolicyJob:
             chosen = policy.selector.choose(advantages, trajectory, rollouts.seeds, self.denoiser.spec)
         inner = policy.inner_updates
         views = inner if policy.likelihood.resamples else 1
+        shares = self._shares(update, rollouts, advantages, chosen)
+        keep_old = inner * len(shares) > 1 or policy.rollout.drawn_by != "policy"
         batches = [
-            self.steps.batch(rollouts, advantages, chosen, Inner(number, inner), keep_old=inner > 1)
+            [self.steps.batch(*share, Inner(number, inner), keep_old=keep_old) for share in shares]
             for number in range(views)
         ]
-        self.steps.compare(batches)
+        self.steps.compare([batch for same in batches for batch in same])
         for number in range(inner):
-            batch = batches[number % views]
-            batch.diagnostics = Means()
-            result: dict[str, Any] = optimise(self.steps.losses(batch) if scored else [])
-            metrics |= result | batch.diagnostics.means(ranks)
+            for batch in batches[number % views]:
+                result: dict[str, Any] = optimise(self.steps.losses(batch) if scored else [])
+                metrics |= result | self.steps.measured(batch)
         cost = self.trainer.cost
         cost.rollouts += round(ranks.total(self.rolled))
         cost.samples = cost.rollouts
@@ -146,10 +159,12 @@ class PolicyJob:
                 self.log.lines("trajectories.jsonl", records)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"pool": [vars(problem) | {"answer": dict(problem.answer)} for problem in self.pool]}
+        pool = [vars(problem) | {"answer": dict(problem.answer)} for problem in self.pool]
+        return {"pool": pool, "advantage": self.policy.advantage.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.pool = [Problem(**problem) for problem in state["pool"]]
+        self.policy.advantage.load_state_dict(state["advantage"])
 
     def _training_samplers(self) -> list[Sampler]:
         rollout = self.policy.rollout
@@ -216,11 +231,12 @@ class PolicyJob:
         ]
 
         def drawn(part: slice) -> Any:
-            trajectory = sample_problems(
-                self.denoiser, problems[part], sampler or self._sampler(update),
-                response_length=rollout.response_length, seed=derive_seed(self.seed, "rollout", update, *own),
-                needs=self._needs(), batch_size=rollout.batch_size, copies=numbers[part], **how,
-            )  # fmt: skip
+            with self.trainer.using(rollout.drawn_by):
+                trajectory = sample_problems(
+                    self.denoiser, problems[part], sampler or self._sampler(update),
+                    response_length=rollout.response_length, seed=derive_seed(self.seed, "rollout", update, *own),
+                    needs=self._needs(), batch_size=rollout.batch_size, copies=numbers[part], **how,
+                )  # fmt: skip
             # Ranks are asked once at the end of an update: a hook may draw on some of them only.
             self.rolled += len(problems[part])
             self.spent += trajectory.forwards
@@ -255,6 +271,17 @@ class PolicyJob:
             known=rewarded.known, seeds=seeds, parts=rewarded.parts,
         )  # fmt: skip
         return rollouts, rewarded
+
+    def _shares(
+        self, update: int, rollouts: Rollouts, advantages: Tensor, chosen: Tensor
+    ) -> list[tuple[Rollouts, Tensor, Tensor]]:
+        """The chains of each gradient step of a pass, with their advantages and factors."""
+        count = self.policy.minibatches
+        if count == 1:
+            return [(rollouts, advantages, chosen)]
+        stream = generator(self.seed, "minibatches", update, self.trainer.ranks.rank)
+        dealt = torch.randperm(len(rollouts), generator=stream).tensor_split(count)
+        return [(rollouts.rows(rows), advantages[rows], chosen[rows]) for rows in (own.sort().values for own in dealt)]
 
     def _sampler(self, update: int) -> Sampler:
         rollout = self.policy.rollout

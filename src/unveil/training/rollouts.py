@@ -31,6 +31,8 @@ class Rollouts:
             out of their groups.
         seeds: one per chain, for everything random that is done with it.
         parts: (B, S) like ``rewards``, of every part of a sum of rewards, before any shaping; nan where there is none.
+        gate: (B,) factor of each chain in the regularisers, for hooks that hold some chains back more than others;
+            None: 1.
     """
 
     problems: list[Problem]
@@ -41,6 +43,7 @@ class Rollouts:
     known: Tensor
     seeds: list[int]
     parts: dict[str, Tensor] = field(default_factory=dict)
+    gate: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.problems)
@@ -72,6 +75,7 @@ class Rollouts:
             known=self.known[index],
             seeds=[self.seeds[place] for place in places],
             parts={name: values[index] for name, values in self.parts.items()},
+            gate=None if self.gate is None else self.gate[index],
         )
 
     def extend(self, other: Rollouts) -> Rollouts:
@@ -106,6 +110,7 @@ class Rollouts:
                 name: torch.cat([_widen(values, steps), _widen(other.parts[name], steps)])
                 for name, values in self.parts.items()
             },
+            gate=None if self.gate is None or other.gate is None else torch.cat([self.gate, other.gate]),
         )
 
     def replace(self, rows: Tensor, other: Rollouts, other_rows: Tensor) -> Rollouts:

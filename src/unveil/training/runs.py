@@ -218,7 +218,7 @@ def train(recipe: TrainRecipe, run: Path, *, resume: bool = False, progress: Pro
     trainer = Trainer(
         denoiser, recipe.optim, recipe.checkpoint, recipe.snapshots,
         updates=recipe.updates, eval_every=recipe.eval.every, run=run, ranks=ranks, adapter=adapter,
-        keep_reference=recipe.policy.kl.beta > 0, shards=shards,
+        keep_reference=recipe.policy.keeps_reference, shards=shards,
     )  # fmt: skip
 
     def make(log: RunLog) -> Job:
