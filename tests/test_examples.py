@@ -40,7 +40,7 @@ from unveil.tasks.base import Task
 from unveil.tasks.medium import Medium
 from unveil.training.policy_config import ProblemFilter
 from unveil.training.rollouts import GroupHook, Shaping
-from unveil.training.runs import PretrainRecipe, TrainRecipe
+from unveil.training.runs import JudgeRecipe, PretrainRecipe, TrainRecipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("src/unveil/models/*/README.md"))]
@@ -159,7 +159,8 @@ def test_every_command_line_of_the_documentation_is_valid(
     args = parse(words)
     recipe, overrides = [*getattr(args, "words", []), ""][0], getattr(args, "words", [])[1:]
     if args.command in ("train", "pretrain") and recipe and not args.resume and not recipe.endswith(".yaml"):
-        build({"train": TrainRecipe, "pretrain": PretrainRecipe}[args.command], load(find_recipe(recipe), overrides))
+        data = load(find_recipe(recipe), overrides)
+        build(TrainRecipe if args.command == "train" else JudgeRecipe if "judge" in data else PretrainRecipe, data)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
