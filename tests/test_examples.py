@@ -30,6 +30,7 @@ from unveil.registry import Plugin, names
 from unveil.rewards.base import Reward
 from unveil.samplers.actions import Action
 from unveil.samplers.base import Sampler
+from unveil.samplers.caches import Cache
 from unveil.samplers.guidance import Guidance
 from unveil.samplers.rules import Rule
 from unveil.samplers.schedules import Schedule
@@ -187,29 +188,9 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize(
     "family",
     [
-        Task,
-        Sampler,
-        Rule,
-        Action,
-        Solver,
-        Transform,
-        Schedule,
-        UnmaskNetwork,
-        ProblemFilter,
-        Shaping,
-        GroupHook,
-        Advantage,
-        Selector,
-        Likelihood,
-        TokenFilter,
-        Objective,
-        Weighting,
-        Regulariser,
-        Reward,
-        Kernel,
-        Window,
-        Guidance,
-        Medium,
+        Task, Sampler, Rule, Action, Cache, Solver, Transform, Schedule, UnmaskNetwork, ProblemFilter, Shaping,
+        GroupHook, Advantage, Selector, Likelihood, TokenFilter, Objective, Weighting, Regulariser, Reward, Kernel,
+        Window, Guidance, Medium,
     ],
 )
 def test_the_table_of_plug_ins_is_complete(family: type[Plugin]) -> None:

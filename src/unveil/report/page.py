@@ -2,7 +2,8 @@
 
 The numbers are prepared here (thinned, summarised) and embedded as JSON; ``assets/app.js`` and ``charts.js``
 draw them. The strings of a run (prompts, completions, a recipe) are untrusted: the JSON holds no ``<``, the
-scripts insert text nodes and checked PNG images only, and a content security policy lets only the scripts run whose hashes it names.
+scripts insert text nodes and checked PNG images only, and a content security policy lets only the scripts run whose
+hashes it names.
 """
 
 from __future__ import annotations
@@ -192,10 +193,11 @@ def _drift(lines: Sequence[Line]) -> list[str]:
             if change * worst >= worst * worst:
                 signs.append(f"{name} {base[key]:.3g} → {last[key]:.3g} ({change:+.0%})")
         if gains and signs:
-            where = f"With {decoder}, from update {base['step']} to {last['step']}"
+            first = gains[0]
             sentences.append(
-                f"{where}, held-out {gains[0]} rose from {base[gains[0]]:.3g} to {last[gains[0]]:.3g}, but samples moved "
-                f"away from the data: {'; '.join(signs)}. The reward may be gamed."
+                f"With {decoder}, from update {base['step']} to {last['step']}, held-out {first} rose from "
+                f"{base[first]:.3g} to {last[first]:.3g}, but samples moved away from the data: {'; '.join(signs)}. "
+                "The reward may be gamed."
             )
     return sentences
 
