@@ -212,7 +212,7 @@ def table_of_compositions() -> str:
         scored = policy.likelihood.name + (f" + {order.name}" if order else "")
         hooks = [hook.name for hook in (policy.groups, policy.token_filter, policy.shaping) if hook is not None]
         level = policy.objective.level + (", mean" if policy.objective.normalise else "")
-        kl = f"{policy.kl.estimator}, {policy.kl.beta:g}" if policy.kl.beta else "none"
+        kl = f"{getattr(policy.kl, 'estimator', policy.kl.name)}, {policy.kl.beta:g}" if policy.kl.beta else "none"
         steps = policy.selector.name if policy.likelihood.per_step else "-"
         cells = [", ".join(hooks) or "-", policy.advantage.name, steps, scored, level, policy.weighting.name, kl]
         rows.append("| " + " | ".join([path.parent.name, *(f"`{c}`" if c != "-" else c for c in cells)]) + " |")
