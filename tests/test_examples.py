@@ -18,21 +18,31 @@ import torch
 
 from unveil.cli.main import COMMANDS, parse
 from unveil.cli.recipes import find_recipe
+from unveil.denoisers.image import ImageNetwork, Prompts
 from unveil.denoisers.unmask import UnmaskNetwork
 from unveil.learning.advantages import Advantage
+from unveil.learning.matching import TimeDistribution
 from unveil.learning.objectives import Objective, Weighting
+from unveil.learning.regularisers import Regulariser
 from unveil.learning.selectors import Selector
 from unveil.learning.views import Likelihood, TokenFilter
+from unveil.processes.gaussian import GaussianProcess
+from unveil.processes.kernels import Kernel
 from unveil.recipe import build, load
 from unveil.registry import Plugin, names
 from unveil.rewards.base import Reward
 from unveil.samplers.actions import Action
 from unveil.samplers.base import Sampler
+from unveil.samplers.grids import Grid
+from unveil.samplers.guidance import Guidance
+from unveil.samplers.latent_solvers import LatentSolver
 from unveil.samplers.rules import Rule
 from unveil.samplers.schedules import Schedule
 from unveil.samplers.solvers import Solver
 from unveil.samplers.transforms import Transform
+from unveil.samplers.windows import Window
 from unveil.tasks.base import Task
+from unveil.tasks.medium import Medium
 from unveil.training.policy_config import ProblemFilter
 from unveil.training.rollouts import GroupHook, Shaping
 from unveil.training.runs import PretrainRecipe, TrainRecipe
@@ -188,6 +198,12 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
         Solver,
         Transform,
         Schedule,
+        GaussianProcess,
+        Grid,
+        LatentSolver,
+        ImageNetwork,
+        Prompts,
+        TimeDistribution,
         UnmaskNetwork,
         ProblemFilter,
         Shaping,
@@ -198,7 +214,12 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
         TokenFilter,
         Objective,
         Weighting,
+        Regulariser,
         Reward,
+        Kernel,
+        Window,
+        Guidance,
+        Medium,
     ],
 )
 def test_the_table_of_plug_ins_is_complete(family: type[Plugin]) -> None:

@@ -198,7 +198,7 @@ def job(
         run=folder,
         ranks=Ranks(),
         adapter=adapter,
-        keep_reference=config.kl.beta > 0,
+        keep_reference=config.keeps_reference,
     )
     evaluation = PolicyEval(every=10**6, problems=4, decoders={})
     return PolicyJob(trainer, config, evaluation, RunLog(folder, LogConfig(tensorboard=False)), seed=3)
@@ -225,6 +225,10 @@ def recipe(folder: Path, system: str, updates: int, **changes: Any) -> TrainReci
 def newest(run: Path) -> dict[str, Any]:
     """State of the newest checkpoint."""
     return load_state(list_checkpoints(run / "checkpoints")[-1])
+
+
+def newest_but_one(run: Path) -> dict[str, Any]:
+    return load_state(list_checkpoints(run / "checkpoints")[-2])
 
 
 def same(left: Any, right: Any, where: str = "") -> list[str]:

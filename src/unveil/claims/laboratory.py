@@ -146,7 +146,7 @@ def train_policy(
     every = max(1, updates // points)
     trainer = _trainer(
         denoiser, lr=lr, updates=updates, folder=folder, every=every, microbatch=microbatch, weight_decay=weight_decay,
-        keep_reference=policy.kl.beta > 0, **optim,
+        keep_reference=policy.keeps_reference, **optim,
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     log = RunLog(folder, LogConfig(tensorboard=False))

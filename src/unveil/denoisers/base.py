@@ -134,6 +134,12 @@ class MaskedDenoiser(Denoiser):
             valid = torch.ones_like(ids, dtype=torch.bool)
         return self.head(self.features(ids, valid, t))
 
+    def idle(self) -> Tensor:
+        """The sum of the features of the shortest canvas: what a rank computes to keep step with others."""
+        ids = torch.full((1, 1), self.spec.mask_id, device=self.device)
+        times = torch.ones(1, device=self.device) if self.spec.time_conditioned else None
+        return self.features(ids, torch.ones_like(ids, dtype=torch.bool), times).sum()
+
     @property
     def unmask(self) -> nn.Module | None:
         """The network of the learned unmasking rule."""

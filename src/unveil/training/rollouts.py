@@ -29,6 +29,8 @@ class Rollouts:
         known: (B,) False for chains without a reward, because it failed or does not apply: 0 in ``rewards``, and left
             out of their groups.
         seeds: one per chain, for everything random that is done with it.
+        gate: (B,) factor of each chain in the regularisers, for hooks that hold some chains back more than others;
+            None: 1.
     """
 
     problems: list[Problem]
@@ -38,6 +40,7 @@ class Rollouts:
     rewards: Tensor
     known: Tensor
     seeds: list[int]
+    gate: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.problems)
@@ -68,6 +71,7 @@ class Rollouts:
             rewards=self.rewards[index],
             known=self.known[index],
             seeds=[self.seeds[place] for place in places],
+            gate=None if self.gate is None else self.gate[index],
         )
 
     def extend(self, other: Rollouts) -> Rollouts:
@@ -98,6 +102,7 @@ class Rollouts:
             rewards=rewards,
             known=torch.cat([self.known, other.known]),
             seeds=[*self.seeds, *other.seeds],
+            gate=None if self.gate is None or other.gate is None else torch.cat([self.gate, other.gate]),
         )
 
     def replace(self, rows: Tensor, other: Rollouts, other_rows: Tensor) -> Rollouts:
