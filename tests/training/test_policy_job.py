@@ -12,7 +12,8 @@ from torch import Tensor
 
 import tiny
 from unveil.learning.likelihoods import TrajectoryLikelihood
-from unveil.learning.objectives import Clipped, Kl, Objective
+from unveil.learning.objectives import Clipped, Objective
+from unveil.learning.regularisers import Kl
 from unveil.learning.selectors import AllSteps
 from unveil.registry import UserError
 from unveil.samplers.masked import MaskedSampler
@@ -81,7 +82,7 @@ def test_stored_log_probs_match_what_the_sampler_recorded(tmp_path: Path) -> Non
     )
     views = config.likelihood.views(trajectory, trajectory.active, [0] * 4, job.denoiser.spec)
     with torch.no_grad():
-        scored = job._score(views).log_prob[views.items]
+        scored = job.steps.score(views).log_prob[views.items]
     recorded = trajectory.log_prob[views.rows, views.steps][views.scored]  # type: ignore[index]
     assert (scored - recorded).abs().max().item() <= 1e-5
 
@@ -228,10 +229,10 @@ def test_what_cannot_work_is_refused_at_once(tmp_path: Path, changes: dict[str, 
         tiny.job(tmp_path, tiny.policy("mdpo", rollout=changes))
 
 
-def test_fewer_prompts_than_processes_are_refused(tmp_path: Path) -> None:
+def test_fewer_chains_than_processes_are_refused(tmp_path: Path) -> None:
     job = tiny.job(tmp_path, tiny.policy("mdpo"))
-    job.trainer.ranks.world = 5
-    with pytest.raises(UserError, match=r"policy\.rollout\.prompts: 4 are fewer than the 5 processes"):
+    job.trainer.ranks.world = 17  # of 16 chains
+    with pytest.raises(UserError, match=r"policy\.rollout\.prompts: 4 give fewer chains .* than the 17 processes"):
         type(job)(job.trainer, job.policy, job.evaluation, job.log, seed=0)
 
 

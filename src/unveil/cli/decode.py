@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from unveil.denoisers.base import MaskedDenoiser
     from unveil.samplers.base import Sampler
     from unveil.samplers.decoding import DecodeRecipe
-    from unveil.samplers.trajectory import Trajectory
+    from unveil.samplers.trajectory import TokenTrajectory
 
 SUMMARY = "complete prompts with a model; show or save the denoising trajectory"
 _MASK = "<mask>"
@@ -53,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--rule", metavar="NAME[:field=value,...]",
-        help="decoding rule, or reverse: the reverse process on a grid of times (default: lcr)",
+        help="decoding rule, or reverse: the reverse process on a grid of times; for uniform noise entropy_bound or "
+        "ancestral (default: lcr, for uniform noise entropy_bound)",
     )  # fmt: skip
     parser.add_argument("--schedule", metavar="NAME[:field=value,...]", help="tokens per step (default: even)")
     parser.add_argument("--transform", metavar="NAME[:field=value,...]", help="of scores before the rule: eoser")
@@ -109,7 +110,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         _warn_unknown(denoiser, tokens[-1], prompt, f"prompt {row}")
     template = None if args.infill is None else _template(denoiser, args.infill)
     length = len(template) if template else _length(args, recipe, denoiser, max(map(len, tokens)))
-    sampler = _sampler(args, recipe, length)
+    sampler = _sampler(args, recipe, length, denoiser)
     copies = [row for row in range(len(prompts)) for _ in range(args.samples)]
     initial = None if template is None else [template] * len(copies)
     canvas = Canvas.of([tokens[row] for row in copies], length, denoiser.spec, initial=initial)
@@ -248,12 +249,16 @@ def _length(args: argparse.Namespace, recipe: DecodeRecipe | None, denoiser: Mas
         return args.length
     if recipe is not None:
         return recipe.response_length
+    if denoiser.spec.canvas_length is not None:
+        return denoiser.spec.canvas_length
     # At least 1, so that a prompt as long as the canvas gets the canvas's own message.
     room = max(1, denoiser.spec.context_length - longest)
     return min(room, trained_length(args.model) or _LONGEST)
 
 
-def _sampler(args: argparse.Namespace, recipe: DecodeRecipe | None, length: int) -> Sampler:
+def _sampler(
+    args: argparse.Namespace, recipe: DecodeRecipe | None, length: int, denoiser: MaskedDenoiser
+) -> Sampler:
     from unveil.cli.decoders import plugin, rule, sampler
     from unveil.samplers.caches import Cache
     from unveil.samplers.schedules import Schedule
@@ -263,10 +268,14 @@ def _sampler(args: argparse.Namespace, recipe: DecodeRecipe | None, length: int)
     if recipe is not None:
         recipe.sampler.check_fits(length)
         return recipe.sampler
+    usual = "entropy_bound" if denoiser.spec.corruption == "uniform" else "lcr"
+    canvas = denoiser.spec.canvas_length
+    if canvas is not None and length % canvas:
+        raise UserError(f"--length: should be a multiple of the model's canvas_length ({canvas}), got {length}")
     settings = {
-        "steps": length if args.steps is None else args.steps,
+        "steps": args.steps,
         "block_length": args.block,
-        "rule": rule(args.rule or "lcr", "--rule"),
+        "rule": rule(args.rule or usual, "--rule"),
         "schedule": None if args.schedule is None else plugin(args.schedule, "--schedule", Schedule),
         "transform": None if args.transform is None else plugin(args.transform, "--transform", Transform),
         "solver": None if args.solver is None else plugin(args.solver, "--solver", Solver),
@@ -280,16 +289,18 @@ def _sampler(args: argparse.Namespace, recipe: DecodeRecipe | None, length: int)
     return sampler(settings, length, OPTIONS)
 
 
-def _show(args: argparse.Namespace, denoiser: MaskedDenoiser, trajectory: Trajectory, row: int, prompt: str) -> None:
+def _show(
+    args: argparse.Namespace, denoiser: MaskedDenoiser, trajectory: TokenTrajectory, row: int, prompt: str
+) -> None:
     """Print the canvas after every step of one chain."""
-    from unveil.training.records import chain_steps
+    from unveil.tasks.medium import medium_of
 
     out = console(args)
     out.print(f"prompt: {prompt}")
     width = int(trajectory.response_valid[row].sum())
     first = trajectory.states[row, 0, :width].tolist() if trajectory.states is not None and trajectory.steps else []
     before = denoiser.tokenizer.tokens(first)
-    for number, step in enumerate(chain_steps(denoiser, trajectory, row), start=1):
+    for number, step in enumerate(medium_of(denoiser).steps(denoiser, trajectory, row), start=1):
         out.print(_step_line(number, step, before, styled=out.is_terminal))
         before = [old if token is None else token for token, old in zip(step["tokens"], before, strict=True)]
 

@@ -1,9 +1,9 @@
-"""What every masked-token denoiser declares and does.
+"""What every denoiser declares and does, and what a masked-token denoiser adds.
 
-The normal form: ``features(ids, valid)[b, i]`` is what predicts the token AT position i. Networks that predict position
-i + 1 from position i (Dream, converted autoregressive models) shift inside their adapter, so nothing above ever asks.
-Features and head are apart because a vocabulary of 126k makes logits the memory hog: callers put the head only on the
-positions that they read.
+The normal form of masked tokens: ``features(ids, valid)[b, i]`` is what predicts the token AT position i. Networks that
+predict position i + 1 from position i (Dream, converted autoregressive models) shift inside their adapter, so nothing
+above ever asks. Features and head are apart because a vocabulary of 126k makes logits the memory hog: callers put the
+head only on the positions that they read.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from unveil.denoisers.tokenizer import TextTokenizer
 from unveil.denoisers.unmask import FILE, UnmaskNetwork, load_unmask, read_unmask_header, save_unmask
 from unveil.processes.masked import MaskedProcess
 from unveil.processes.score_entropy import Method, Noise, ScoreEntropyProcess
+from unveil.processes.uniform import UniformProcess
 from unveil.registry import UserError
 
 _UNMASK = "unmask_module"
@@ -33,11 +34,12 @@ class DenoiserSpec:
 
     vocab_size: int
     mask_id: int
+    """What a place to fill holds on a canvas: the mask; -1, no token at all, where the vocabulary has none."""
     pad_id: int
     end_ids: tuple[int, ...]
     """Tokens that end a response; everything after the first one is not text."""
     forbidden_ids: tuple[int, ...]
-    """Tokens that are never produced; always holds the mask id."""
+    """Tokens that are never produced; always holds the mask id, if there is a mask."""
     context_length: int
     """The longest canvas (prompt + response)."""
     logit_shift: int = 0
@@ -56,21 +58,72 @@ class DenoiserSpec:
     attention_block: int | None = None
     """Positions see their block of so many tokens, counted from the first token of the canvas, and all blocks before
     it. None: all positions see one another."""
+    corruption: Literal["mask", "uniform"] = "mask"
+    """What noise is made of: masks, or random tokens (`UniformDenoiser`)."""
+    canvas_length: int | None = None
+    """Tokens that are denoised at a time behind a causal prefix, where the network fixes it."""
+
+    @property
+    def uniform(self) -> UniformProcess:
+        """The process of a network whose noise is random tokens."""
+        return UniformProcess(vocab_size=self.vocab_size)
 
     def process(self, method: Method = "tweedie") -> MaskedProcess | ScoreEntropyProcess:
-        """The process whose reverse step takes this network's predictions; ``method`` is for scores alone."""
+        """The masked process whose reverse step takes this network's predictions; ``method`` is for scores alone."""
         if self.noise is None:
             return MaskedProcess(mask_id=self.mask_id)
         return ScoreEntropyProcess(mask_id=self.mask_id, noise=self.noise, method=method)
 
 
-class MaskedDenoiser(nn.Module):
-    """A network that answers with logits of x_0 at every position of a partly masked canvas."""
+class Denoiser(nn.Module):
+    """A network that guesses x_0: what the trainer, snapshots, checkpoints and commands need of any."""
 
-    spec: DenoiserSpec
-    tokenizer: TextTokenizer
+    medium: ClassVar[str]
+    """What its finished samples are (``unveil.tasks.medium``); only tasks of that medium can judge them."""
+    spec: Any
+    """What a sampler or likelihood needs to know of it; each kind of denoiser has its own."""
     output_layers: ClassVar[tuple[str, ...]] = ()
     """Names of linear layers that get no adapter by default: they share the embedding's weights, or dwarf the rest."""
+
+    @abstractmethod
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json, model.safetensors and whatever else opens the model again."""
+
+    def save_adapter(self, wrapped: Any, folder: Path) -> None:
+        """Write the low-rank adapters that ``peft`` put into it (``wrapped``) in the standard format."""
+        wrapped.save_pretrained(str(folder))
+
+    def checkpoint_gradients(self) -> None:
+        """From now on trade time for memory in training: recompute activations in the backward pass.
+
+        Raises:
+            UserError: this network cannot.
+        """
+        raise UserError(f"model.gradient_checkpointing: {type(self).__name__} has none (allowed: published networks)")
+
+    @property
+    def unmask(self) -> nn.Module | None:
+        """The network of a learned unmasking rule that is trained and saved beside the denoiser's own weights."""
+        return None
+
+    def save_unmask(self, folder: Path) -> None:
+        """Write that network into the folder of an adapter, if there is one."""
+
+    def own_state(self) -> dict[str, Tensor]:
+        """The weights of the denoiser itself, without anything that it carries."""
+        return {name: value.contiguous() for name, value in self.state_dict().items()}
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+
+class MaskedDenoiser(Denoiser):
+    """A network that answers with logits of x_0 at every position of a partly masked canvas."""
+
+    medium = "text"
+    spec: DenoiserSpec
+    tokenizer: TextTokenizer
     unmask_network: UnmaskNetwork | None = None
     """The shape of the learned unmasking rule that the denoiser carries, if any; see `attach`."""
     unmask_action: Mapping[str, Any] | None = None
@@ -100,27 +153,21 @@ class MaskedDenoiser(nn.Module):
     def head(self, features: Tensor) -> Tensor:
         """The prediction (..., V), see `DenoiserSpec.prediction`, of features (..., D); -inf at the forbidden ids."""
 
-    @abstractmethod
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json, model.safetensors and tokenizer.json."""
-
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a prompt, with what the model expects around it. Nothing in the text becomes a control token."""
         return self.tokenizer.encode(text)
-
-    def checkpoint_gradients(self) -> None:
-        """From now on trade time for memory in training: recompute activations in the backward pass.
-
-        Raises:
-            UserError: this network cannot.
-        """
-        raise UserError(f"model.gradient_checkpointing: {type(self).__name__} has none (allowed: published networks)")
 
     def forward(self, ids: Tensor, valid: Tensor | None = None, t: Tensor | None = None) -> Tensor:
         """Logits (B, L, V) at every position. For tests and small models: it holds the whole vocabulary."""
         if valid is None:
             valid = torch.ones_like(ids, dtype=torch.bool)
         return self.head(self.features(ids, valid, t))
+
+    def idle(self) -> Tensor:
+        """The sum of the features of the shortest canvas: what a rank computes to keep step with others."""
+        ids = torch.full((1, 1), self.spec.mask_id, device=self.device)
+        times = torch.ones(1, device=self.device) if self.spec.time_conditioned else None
+        return self.features(ids, torch.ones_like(ids, dtype=torch.bool), times).sum()
 
     @property
     def unmask(self) -> nn.Module | None:
@@ -155,7 +202,3 @@ class MaskedDenoiser(nn.Module):
         return {
             name: value.contiguous() for name, value in self.state_dict().items() if not name.startswith(f"{_UNMASK}.")
         }
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device

@@ -35,11 +35,13 @@ from torch import Tensor
 
 from unveil.denoisers.base import MaskedDenoiser
 from unveil.learning.advantages import GroupAdvantage
-from unveil.learning.likelihoods import Likelihood, OneStepLikelihood, TokenFilter, Views
-from unveil.learning.objectives import Clipped, Kl, SequenceMean, Weighting
+from unveil.learning.likelihoods import OneStepLikelihood, TokenViews
+from unveil.learning.objectives import Clipped, SequenceMean, Weighting
+from unveil.learning.regularisers import Kl
+from unveil.learning.views import Likelihood, TokenFilter
 from unveil.registry import UserError
 from unveil.samplers.base import Sampler
-from unveil.samplers.trajectory import Trajectory
+from unveil.samplers.trajectory import TokenTrajectory
 from unveil.seeds import generator
 from unveil.systems import System
 from unveil.tasks.base import Problem
@@ -101,6 +103,7 @@ class Inpaint(GroupHook, name="inpaint"):
         groups = [(rollouts.group == number).nonzero().flatten() for number in rollouts.group.unique()]
         wrong = [members for members in groups if not rollouts.correct[members].any()]
         said = {"all_wrong_groups": len(wrong) / len(groups), "all_wrong_left": len(wrong) / len(groups)}
+        said["replaced"] = 0.0
         if not wrong:
             return rollouts, said
         problems = [rollouts.problems[int(members[0])] for members in wrong]
@@ -205,7 +208,7 @@ class HintEntropy(TokenFilter, name="hint_entropy"):
     keeps_ratio: bool = False
     """True: dropped tokens only lose their weight in the mean (the released code). False: they are gone."""
 
-    def keep(self, views: Views, entropy: Tensor, trajectory: Trajectory) -> Tensor:
+    def keep(self, views: TokenViews, entropy: Tensor, trajectory: TokenTrajectory) -> Tensor:
         hint = views.scored & trajectory.given[views.rows]
         quota = (hint.sum(1) * self.share + 1e-9).floor().clamp(min=1)
         uncertain = entropy[:, : hint.shape[1]].masked_fill(~hint, -torch.inf)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from unveil.denoisers.base import MaskedDenoiser
 from unveil.learning.denoising import Corrupted, corrupt, elbo_loss
+from unveil.learning.matching import TimeDistribution, UniformTimes
+from unveil.processes.gaussian import Prediction
 from unveil.registry import UserError
 from unveil.samplers.base import Sampler
 from unveil.samplers.canvas import Canvas
@@ -35,6 +37,18 @@ class MixedTask:
 
 
 @dataclass(kw_only=True)
+class MatchingConfig:
+    """How a continuous denoiser is taught."""
+
+    times: TimeDistribution = field(default_factory=UniformTimes)
+    """At which times."""
+    space: Prediction | None = None
+    """The parameterisation whose squared error counts; None: what the network predicts."""
+    drop_prompt: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of examples that are learned without their prompt, for the unconditional model of guidance."""
+
+
+@dataclass(kw_only=True)
 class DenoisingConfig:
     """What the denoiser is taught."""
 
@@ -43,12 +57,14 @@ class DenoisingConfig:
     file: str | None = None
     """JSON lines with ``prompt`` and ``completion`` instead of tasks (supervised fine-tuning on your own data)."""
     response_length: Annotated[int, Field(ge=1)] = 12
-    """Response positions; shorter solutions are filled up with end tokens, which are learned like text."""
+    """Response positions of a model of text; shorter solutions are filled up with end tokens, learned like text."""
     batch: Annotated[int, Field(ge=1)] = 128
     """Examples per update."""
     form: Literal["time", "count"] = "count"
-    """ELBO estimator: t uniform with weight 1/t (all that networks which are told the time can use), or n masks
-    uniform with the exact weight length/n."""
+    """ELBO estimator of a model of text: t uniform with weight 1/t (all that networks which are told the time can use),
+    or n masks uniform with the exact weight length/n."""
+    matching: MatchingConfig = field(default_factory=MatchingConfig)
+    """The loss of a model of images."""
 
 
 @dataclass(kw_only=True)
@@ -72,7 +88,10 @@ class DenoisingJob:
         self, trainer: Trainer, data: DenoisingConfig, evaluation: DenoisingEval, log: RunLog, *, seed: int
     ) -> None:
         self.trainer, self.data, self.evaluation, self.log, self.seed = trainer, data, evaluation, log, seed
-        self.denoiser: MaskedDenoiser = trainer.denoiser
+        assert isinstance(trainer.denoiser, MaskedDenoiser)
+        self.denoiser = trainer.denoiser
+        if self.denoiser.spec.corruption == "uniform":
+            raise UserError("model: its noise is random tokens; only networks of masks can be pre-trained")
         self.process = self.denoiser.spec.process()
         if self.denoiser.spec.time_conditioned and data.form != "time":
             raise UserError(f"data.form: should be 'time' for a network that is told the time, got {data.form!r}")
@@ -91,7 +110,7 @@ class DenoisingJob:
 
     def update(self, update: int, optimise: Optimise) -> dict[str, Any]:
         ranks = self.trainer.ranks
-        texts = ranks.share(self._texts(update))
+        texts = self._texts(update)
         spec = self.denoiser.spec
         rows = []
         for _, completion in texts:
@@ -103,9 +122,11 @@ class DenoisingJob:
         canvas = Canvas.of(prompts, self.data.response_length, spec, initial=rows)
         maskable = canvas.valid.clone()
         maskable[:, : canvas.prompt_width] = False
-        stream = generator(self.seed, "corrupt", update, ranks.rank)
+        # Every rank masks the whole batch and keeps its part, so that the masks do not depend on their number.
+        stream, own = generator(self.seed, "corrupt", update, 0), ranks.part(len(texts))
         corrupted = corrupt(self.process, canvas.ids, maskable, form=self.data.form, generator=stream)
-        batch = len(texts)
+        canvas, corrupted = canvas.rows(own), corrupted.slice(own, torch.device("cpu"))
+        batch = len(canvas)
         share = batch / self.data.batch
         size = self.trainer.optim.microbatch
         losses = [

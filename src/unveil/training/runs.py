@@ -15,13 +15,17 @@ import torch
 from pydantic import Field
 
 from unveil import __version__
-from unveil.denoisers.base import MaskedDenoiser
+from unveil.denoisers.base import Denoiser, MaskedDenoiser
+from unveil.denoisers.continuous import ContinuousDenoiser
+from unveil.denoisers.image import Classes, ImageDenoiser, ImageModel, ImageNetwork, Prompts
 from unveil.denoisers.load import load_denoiser
+from unveil.denoisers.pipelines import PipelineOptions
 from unveil.denoisers.pretrained import Dtype
 from unveil.denoisers.score import ScoreConfig, ScoreDenoiser
 from unveil.denoisers.tokenizer import TextTokenizer
 from unveil.denoisers.transformer import TransformerConfig, TransformerDenoiser
 from unveil.denoisers.unmask import UnmaskNetwork
+from unveil.processes.gaussian import Flow, GaussianProcess, Prediction
 from unveil.recipe import dump, to_yaml
 from unveil.registry import UserError
 from unveil.seeds import derive_seed, generator
@@ -30,12 +34,28 @@ from unveil.training.denoising_job import DenoisingConfig, DenoisingEval, Denois
 from unveil.training.distribution import Ranks
 from unveil.training.log import LogConfig, RunLog
 from unveil.training.lora import Adapter, LoraSettings
+from unveil.training.matching_job import MatchingJob, check_images
 from unveil.training.policy_config import PolicyConfig, PolicyEval
 from unveil.training.policy_job import PolicyJob
+from unveil.training.sharding import DistributedConfig, Shards
 from unveil.training.snapshots import SnapshotConfig
 from unveil.training.trainer import CheckpointConfig, Job, OptimConfig, Trainer
 
 Progress = Callable[[int, dict[str, Any]], None]
+
+
+@dataclass(kw_only=True)
+class NewImageModel:
+    """A denoiser of images from scratch. The shape of its images is that of the first task."""
+
+    network: ImageNetwork
+    """The network."""
+    prompts: Prompts | None = None
+    """What it is conditioned on; None: the prompts that the first task has, one class each."""
+    process: GaussianProcess = field(default_factory=Flow)
+    """The path that it is trained on."""
+    prediction: Prediction = "u"
+    """What it predicts."""
 
 
 @dataclass(kw_only=True)
@@ -44,6 +64,8 @@ class NewModel:
 
     path: str | None = None
     """Start from this model; then the other fields are not used."""
+    image: NewImageModel | None = None
+    """A network over images; then the fields below, of a network over words, are not used."""
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
     """Its shape."""
     prediction: Literal["logits", "log_score"] = "logits"
@@ -64,6 +86,7 @@ class PretrainRecipe:
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     snapshots: SnapshotConfig = field(default_factory=SnapshotConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     log: LogConfig = field(default_factory=LogConfig)
     updates: Annotated[int, Field(ge=1)]
     """Optimiser steps."""
@@ -83,6 +106,8 @@ class BaseModel:
     """Wrap prompts into a published model's chat template."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third more time, a fraction of the memory."""
+    pipeline: PipelineOptions | None = None
+    """How a published image pipeline is used: resolution, embedded guidance, prompt length."""
     lora: LoraSettings | None = None
     """Train low-rank adapters instead of all weights."""
     unmask: UnmaskNetwork | None = None
@@ -103,6 +128,7 @@ class TrainRecipe:
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     snapshots: SnapshotConfig = field(default_factory=SnapshotConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     log: LogConfig = field(default_factory=LogConfig)
     updates: Annotated[int, Field(ge=1)]
     """Policy updates (batches of rollouts)."""
@@ -117,14 +143,16 @@ def pretrain(recipe: PretrainRecipe, run: Path, *, resume: bool = False, progres
         UserError: before any work, if something in the recipe or the run folder does not fit.
     """
     ranks = Ranks()
-    denoiser = _new_denoiser(recipe.model, recipe.seed).to(ranks.device)
+    denoiser = _new_denoiser(recipe.model, recipe.data, recipe.seed)
+    shards = _place(denoiser, recipe, ranks)
     trainer = Trainer(
         denoiser, recipe.optim, recipe.checkpoint, recipe.snapshots,
-        updates=recipe.updates, eval_every=recipe.eval.every, run=run, ranks=ranks,
+        updates=recipe.updates, eval_every=recipe.eval.every, run=run, ranks=ranks, shards=shards,
     )  # fmt: skip
 
     def make(log: RunLog) -> Job:
-        return DenoisingJob(trainer, recipe.data, recipe.eval, log, seed=recipe.seed)
+        kind = MatchingJob if isinstance(denoiser, ContinuousDenoiser) else DenoisingJob
+        return kind(trainer, recipe.data, recipe.eval, log, seed=recipe.seed)
 
     return _run(recipe, "pretrain", run, trainer, make, resume=resume, progress=progress)
 
@@ -137,28 +165,41 @@ def train(recipe: TrainRecipe, run: Path, *, resume: bool = False, progress: Pro
     """
     ranks = Ranks()
     model = recipe.model
-    denoiser = load_denoiser(
-        model.path, dtype=model.dtype, chat=model.chat, gradient_checkpointing=model.gradient_checkpointing
-    ).to(ranks.device)
+    denoiser: Denoiser = load_denoiser(
+        model.path, dtype=model.dtype, chat=model.chat, gradient_checkpointing=model.gradient_checkpointing,
+        pipeline=model.pipeline,
+    )  # fmt: skip
     adapter = None
     if recipe.model.lora is not None:
         torch.manual_seed(recipe.seed)  # peft draws its initial weights from the global generator
         adapter = Adapter(denoiser, recipe.model.lora)
     if recipe.model.unmask is not None:
+        if not isinstance(denoiser, MaskedDenoiser):
+            raise UserError(f"model.unmask: an unmasking policy is for models of text, {model.path!r} is none")
         attach_unmask(denoiser, recipe.model.unmask, recipe.seed)
-    if (action := recipe.policy.rollout.sampler.action) is not None:
+    if (action := recipe.policy.rollout.sampler.action) is not None and isinstance(denoiser, MaskedDenoiser):
         denoiser.unmask_action = dump(action)
     choose_trained(denoiser, recipe.model.train)
+    shards = _place(denoiser, recipe, ranks)
     trainer = Trainer(
         denoiser, recipe.optim, recipe.checkpoint, recipe.snapshots,
         updates=recipe.updates, eval_every=recipe.eval.every, run=run, ranks=ranks, adapter=adapter,
-        keep_reference=recipe.policy.kl.beta > 0,
+        keep_reference=recipe.policy.kl.beta > 0, shards=shards,
     )  # fmt: skip
 
     def make(log: RunLog) -> Job:
         return PolicyJob(trainer, recipe.policy, recipe.eval, log, seed=recipe.seed)
 
     return _run(recipe, recipe.system, run, trainer, make, resume=resume, progress=progress)
+
+
+def _place(denoiser: Denoiser, recipe: PretrainRecipe | TrainRecipe, ranks: Ranks) -> Shards | None:
+    """Bring a denoiser to the device of this rank, or its part of it."""
+    shard = recipe.distributed.shard
+    if shard == "none" or ranks.world == 1:
+        denoiser.to(ranks.device)
+        return None
+    return Shards(denoiser, shard, ranks, bf16=recipe.optim.precision == "bf16")
 
 
 def attach_unmask(denoiser: MaskedDenoiser, network: UnmaskNetwork, seed: int) -> None:
@@ -168,7 +209,7 @@ def attach_unmask(denoiser: MaskedDenoiser, network: UnmaskNetwork, seed: int) -
         denoiser.attach(network, network.build(denoiser.spec.feature_dim))
 
 
-def choose_trained(denoiser: MaskedDenoiser, what: Literal["all", "denoiser", "unmask"]) -> None:
+def choose_trained(denoiser: Denoiser, what: Literal["all", "denoiser", "unmask"]) -> None:
     """Freeze what does not learn. With LoRA the denoiser's own weights are frozen already.
 
     Raises:
@@ -223,7 +264,7 @@ def _run(
     try:
         finished = trainer.fit(job, log, progress)
         status = "finished" if finished else "interrupted"
-        if finished and main:
+        if finished:
             trainer.save_final()
     finally:
         if main:
@@ -239,9 +280,11 @@ def _draft_log(run: Path) -> RunLog:
     return RunLog(run, LogConfig(tensorboard=False))
 
 
-def _new_denoiser(model: NewModel, seed: int) -> MaskedDenoiser:
+def _new_denoiser(model: NewModel, data: DenoisingConfig, seed: int) -> Denoiser:
     if model.path is not None:
         return load_denoiser(model.path)
+    if model.image is not None:
+        return _new_image_denoiser(model.image, data, seed)
     words = [str(number) for number in range(model.largest_number + 1)] + model.words
     try:
         tokenizer = TextTokenizer.of_words(words)
@@ -252,6 +295,23 @@ def _new_denoiser(model: NewModel, seed: int) -> MaskedDenoiser:
         denoiser = ScoreDenoiser(ScoreConfig(**vars(model.transformer)), tokenizer)
     else:
         denoiser = TransformerDenoiser(model.transformer, tokenizer)
+    denoiser.initialise(generator(seed, "weights"))
+    return denoiser
+
+
+def _new_image_denoiser(model: NewImageModel, data: DenoisingConfig, seed: int) -> ImageDenoiser:
+    if not data.tasks:
+        raise UserError("data.tasks: needed for a model of images")
+    task: Any = data.tasks[0].task
+    check_images(task, "data.tasks.0")
+    prompts = model.prompts or Classes(names=tuple(task.vocabulary))
+    try:
+        config = ImageModel(
+            shape=task.shape, prompts=prompts, network=model.network, process=model.process, prediction=model.prediction
+        )
+        denoiser = ImageDenoiser(config)
+    except UserError as error:
+        raise UserError(f"model.image.{error}") from error
     denoiser.initialise(generator(seed, "weights"))
     return denoiser
 
