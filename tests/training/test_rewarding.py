@@ -17,7 +17,8 @@ from unveil.recipe import build, load, to_yaml
 from unveil.rewards.base import Correct, Metadata, Part, Reward, Shaped, Sum
 from unveil.rewards.trl import Trl
 from unveil.tasks.medium import Text
-from unveil.training.policy_job import PolicyJob, _advantages
+from unveil.training.outcome import Outcome
+from unveil.training.policy_job import PolicyJob
 from unveil.training.rewarding import RewardsLost, reward_chains
 from unveil.training.rollouts import Rollouts
 from unveil.training.runs import TrainRecipe, train
@@ -90,7 +91,7 @@ def test_a_chain_without_a_score_is_no_member_of_its_group(tmp_path: Path, syste
     rollouts = rolled(job)
     known = rollouts.known
     assert 2 <= known.sum() < 16
-    advantages = _advantages(job.policy.advantage, rollouts)
+    advantages = Outcome.of(rollouts).advantages(job.policy.advantage)
     assert not advantages[~known].any()
     rows = known.nonzero().flatten()
     alone = job.policy.advantage.advantages(
@@ -167,5 +168,5 @@ def test_group_advantages_of_one_known_chain_are_zero(tmp_path: Path) -> None:
     rollouts = rolled(job)
     rollouts.known[:] = False
     rollouts.known[5] = True
-    assert not _advantages(GroupAdvantage(), rollouts).any()
+    assert not Outcome.of(rollouts).advantages(GroupAdvantage()).any()
     assert reward_chains(Correct(), rollouts.problems, rollouts.judged, rollouts.trajectory, Text()).known.all()

@@ -92,6 +92,15 @@ class Scores:
     std: Tensor | None = None
     velocity: Tensor | None = None
 
+    def only(self, reads: frozenset[str]) -> Scores:
+        """Without what nobody reads of it, and on the CPU what is as large as the samples."""
+        gone = {"entropy", "mean", "std", "velocity"} - reads
+        small = dataclasses.replace(self, **dict.fromkeys(gone))  # type: ignore[arg-type]
+        for name in {"mean", "velocity"} & reads:
+            value = getattr(small, name)
+            setattr(small, name, None if value is None else value.cpu())
+        return small
+
 
 class Likelihood(Plugin, family="likelihood"):
     """Makes views of a trajectory and scores them."""

@@ -205,9 +205,9 @@ def chain_copies(problems: Sequence[Problem]) -> list[int]:
     return found
 
 
-def chain_seeds(problems: Sequence[Problem], seed: int) -> list[int]:
+def chain_seeds(problems: Sequence[Problem], seed: int, copies: Sequence[int] | None = None) -> list[int]:
     """One seed per chain: of the run's seed, the problem, and how often it was listed before."""
-    copies = chain_copies(problems)
+    copies = chain_copies(problems) if copies is None else copies
     return [derive_seed(seed, problem.id, copy) for problem, copy in zip(problems, copies, strict=True)]
 
 
@@ -221,15 +221,17 @@ def sample_problems(
     needs: Iterable[str],
     batch_size: int | None = None,
     on_batch: Callable[[int], None] | None = None,
+    copies: Sequence[int] | None = None,
     **how: Any,
 ) -> Any:
     """One chain per problem; a problem that is listed G times gets G chains with noise of their own.
 
-    ``how`` says where chains start (`Medium.start`): of text, ``initial`` and ``frozen`` as in `Canvas.of`.
+    ``copies`` numbers the chains of a problem if these are not all of them (None: `chain_copies`). ``how`` says where
+    chains start (`Medium.start`): of text, ``initial`` and ``frozen`` as in `Canvas.of`.
     """
-    copies = chain_copies(problems)
+    copies = chain_copies(problems) if copies is None else copies
     origins = Origins(problems=[derive_seed(seed, problem.id) for problem in problems], copies=copies)
-    seeds = chain_seeds(problems, seed)
+    seeds = chain_seeds(problems, seed, copies)
     prompts = [problem.prompt for problem in problems]
     start = medium_of(denoiser).start(denoiser, prompts, response_length, origins, **how)
     was_training = denoiser.training

@@ -12,6 +12,7 @@ from unveil.learning.likelihoods import without
 from unveil.learning.objectives import sum_by, unit_of
 from unveil.learning.regularisers import Regulariser
 from unveil.learning.views import Inner, Scores, Views
+from unveil.training.distribution import Ranks
 from unveil.training.policy_config import PolicyConfig
 from unveil.training.rollouts import Rollouts
 from unveil.training.trainer import Trainer
@@ -28,8 +29,14 @@ class Means:
             total, count = self.sums.get(name, (0.0, 0))
             self.sums[name] = (total + value * weight, count + weight)
 
-    def means(self) -> dict[str, float]:
-        return {name: total / max(1, count) for name, (total, count) in self.sums.items()}
+    def means(self, ranks: Ranks) -> dict[str, float]:
+        """Over all ranks."""
+        whole = Means()
+        for sums in ranks.gather(self.sums):
+            for name, (total, count) in sums.items():
+                before = whole.sums.get(name, (0.0, 0))
+                whole.sums[name] = (before[0] + total, before[1] + count)
+        return {name: total / max(1, count) for name, (total, count) in whole.sums.items()}
 
 
 @dataclass(kw_only=True)
@@ -78,16 +85,15 @@ class GradientSteps:
         parts = self.parts(views)
         old = None
         weighed = views
-        if keep_old or policy.token_filter is not None:
-            recorded = policy.likelihood.recorded(views, trajectory) if policy.token_filter is None else None
-            if recorded is not None:
-                old = [recorded[slice(*part)] for part in parts]
-            else:
-                scores = self.score_all(views, parts)
-                old = [score.log_prob for score in scores]
-                if policy.token_filter is not None and scores:
-                    entropy = torch.cat([score.entropy for score in scores if score.entropy is not None]).cpu()
-                    weighed = without(views, policy.token_filter.keep(views, entropy, trajectory))
+        recorded = policy.likelihood.recorded(views, trajectory)
+        if recorded is not None:
+            old = [recorded[slice(*part)] for part in parts]
+        elif keep_old or policy.token_filter is not None:
+            scores = self.score_all(views, parts)
+            old = [score.log_prob for score in scores]
+            if policy.token_filter is not None and scores:
+                entropy = torch.cat([score.entropy for score in scores if score.entropy is not None]).cpu()
+                weighed = without(views, policy.token_filter.keep(views, entropy, trajectory))
         advantage = advantages[views.rows, views.steps]
         policy_weight, kl_weight = policy.weighting.weights(weighed, advantage, trajectory, self.trainer.ranks.total)
         if policy.likelihood.per_step:
@@ -105,10 +111,11 @@ class GradientSteps:
 
     def compare(self, batches: list[Batch]) -> None:
         """Let the snapshots that hold the policy back score the batches."""
-        for name, _ in self._regularisers():
+        for name, regulariser in self._regularisers():
             with self.trainer.reference():
                 for batch in batches:
-                    batch.others[name] = self.score_all(batch.views, batch.parts)
+                    scores = self.score_all(batch.views, batch.parts)
+                    batch.others[name] = [one.only(regulariser.reads) for one in scores]
 
     def losses(self, batch: Batch) -> Iterator[Callable[[], Tensor]]:
         """One closure per micro-batch; their sum is the loss of the gradient step."""

@@ -3,6 +3,7 @@ rollouts and the gradient steps on it."""
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unveil.learning.advantages import Advantage, terminal
 from unveil.learning.views import Inner
 from unveil.registry import UserError
 from unveil.samplers.base import Sampler
 from unveil.samplers.masked import MaskedSampler
 from unveil.seeds import derive_seed, generator
 from unveil.tasks.base import Problem
-from unveil.tasks.evaluate import chain_copies, evaluate, judge, over_denoised, sample_problems
+from unveil.tasks.evaluate import chain_copies, evaluate, judge, sample_problems
 from unveil.tasks.medium import medium_of
 from unveil.training.gradient_steps import GradientSteps, Means
 from unveil.training.log import RunLog
+from unveil.training.outcome import Outcome, mean_over_ranks
 from unveil.training.policy_config import PolicyConfig, PolicyEval, ProblemFilter
 from unveil.training.records import sample_records, trajectory_records
 from unveil.training.rewarding import Rewarded, RewardsLost, reward_chains
@@ -66,10 +67,10 @@ class PolicyJob:
             )
         self.held_out = policy.task.problems("test", evaluation.problems, 0)
         self.medium.check_fits(self.denoiser, [p.prompt for p in self.held_out], rollout.response_length)
-        if rollout.prompts < trainer.ranks.world:
-            raise UserError(
-                f"policy.rollout.prompts: {rollout.prompts} are fewer than the {trainer.ranks.world} processes"
-            )
+        world, whole = trainer.ranks.world, policy.groups is not None
+        if rollout.prompts * (1 if whole else rollout.group_size) < world:
+            what = "whole groups (policy.groups needs them)" if whole else "chains (prompts * group_size)"
+            raise UserError(f"policy.rollout.prompts: {rollout.prompts} give fewer {what} than the {world} processes")
         self.pool: list[Problem] = []
         self.rolled = self.spent = self.lost_updates = 0
         self.rewarded: list[Rewarded] = []
@@ -77,25 +78,27 @@ class PolicyJob:
 
     def update(self, update: int, optimise: Optimise) -> dict[str, Any]:
         policy, self.rewarded = self.policy, []
-        problems = self.trainer.ranks.share(self._problems(update))
-        size = policy.rollout.group_size
-        rows = [problem for problem in problems for _ in range(size)]
-        sampled = self._roll(update, rows, torch.arange(len(problems)).repeat_interleave(size))
-        rollouts, metrics = sampled, self._metrics(sampled)
+        ranks = self.trainer.ranks
+        rollouts = self._sampled(update)
+        outcome, own = Outcome.of(rollouts, self.rewarded[0].parts).everywhere(ranks)
+        metrics = outcome.metrics()
         if policy.groups is not None:
 
             def roll(problems: Sequence[Problem], group: Tensor, **how: Any) -> Rollouts:
                 return self._roll(update, list(problems), group, **how)
 
-            rollouts, said = policy.groups.apply(sampled, roll, self.denoiser)
-            metrics |= said
+            groups = len(rollouts.group.unique())
+            rollouts, said = policy.groups.apply(rollouts, roll, self.denoiser)
+            metrics |= mean_over_ranks(said, groups, ranks)
+            outcome, own = Outcome.of(rollouts).everywhere(ranks)
         trajectory = rollouts.trajectory
         scored = self._count_failures(update, metrics)
-        advantages = _advantages(policy.advantage, rollouts)
+        advantages = outcome.advantages(policy.advantage)
         metrics |= {
-            "advantage_abs": (advantages.abs().sum() / trajectory.active.sum().clamp(min=1)).item(),
-            "zero_variance_groups": _equal_groups(rollouts).float().mean().item(),
+            "advantage_abs": (advantages.abs().sum() / outcome.active.sum().clamp(min=1)).item(),
+            "zero_variance_groups": outcome.equal_groups().float().mean().item(),
         }
+        advantages = advantages[own, : trajectory.active.shape[1]]
         chosen = trajectory.active.float()
         if policy.likelihood.per_step:
             chosen = policy.selector.choose(advantages, trajectory, rollouts.seeds, self.denoiser.spec)
@@ -110,8 +113,8 @@ class PolicyJob:
             batch = batches[number % views]
             batch.diagnostics = Means()
             result: dict[str, Any] = optimise(self.steps.losses(batch) if scored else [])
-            metrics |= result | batch.diagnostics.means()
-        cost, ranks = self.trainer.cost, self.trainer.ranks
+            metrics |= result | batch.diagnostics.means(ranks)
+        cost = self.trainer.cost
         cost.rollouts += round(ranks.total(self.rolled))
         cost.samples = cost.rollouts
         cost.forwards += round(ranks.total(self.spent + self.steps.spent))
@@ -163,8 +166,21 @@ class PolicyJob:
         if place == 0 or not self.pool:
             self.pool = self._filtered(choice, epoch)
         order = torch.randperm(len(self.pool), generator=generator(self.seed, "order", update)).tolist()
-        count = min(count, max(len(order), self.trainer.ranks.world))  # every rank needs a problem
+        # Every rank needs a chain, or a group.
+        least = self.trainer.ranks.world / (1 if self.policy.groups is not None else self.policy.rollout.group_size)
+        count = min(count, max(len(order), math.ceil(least)))
         return [self.pool[order[index % len(order)]] for index in range(count)]
+
+    def _sampled(self, update: int) -> Rollouts:
+        """This rank's even part of all chains: a group may lie on several ranks, but for a hook it is whole."""
+        problems, size, ranks = self._problems(update), self.policy.rollout.group_size, self.trainer.ranks
+        rows = [problem for problem in problems for _ in range(size)]
+        part = ranks.part(len(rows))
+        if self.policy.groups is not None:
+            groups = ranks.part(len(problems))
+            part = slice(groups.start * size, groups.stop * size)
+        group = torch.arange(len(problems)).repeat_interleave(size)
+        return self._roll(update, rows[part], group[part], copies=chain_copies(rows)[part])
 
     def _filtered(self, choice: ProblemFilter, epoch: int) -> list[Problem]:
         candidates = self.policy.task.problems("train", choice.pool, derive_seed(self.seed, "pool", epoch))
@@ -184,16 +200,18 @@ class PolicyJob:
         group: Tensor,
         *,
         label: str = "",
+        copies: Sequence[int] | None = None,
         sampler: Sampler | None = None,
         **how: Any,
     ) -> Rollouts:
         """Draw and judge one chain per problem; see `unveil.training.rollouts.Roll`."""
         policy, rollout = self.policy, self.policy.rollout
         own = [label] if label else []
+        copies = chain_copies(problems) if copies is None else copies
         trajectory = sample_problems(
             self.denoiser, problems, sampler or self._sampler(update), response_length=rollout.response_length,
             seed=derive_seed(self.seed, "rollout", update, *own), needs=self._needs(), batch_size=rollout.batch_size,
-            **how,
+            copies=copies, **how,
         )  # fmt: skip
         # Ranks are asked once at the end of an update: a hook may draw on some of them only.
         self.rolled += len(problems)
@@ -206,7 +224,7 @@ class PolicyJob:
             rewards = policy.shaping.shape(rewards, trajectory) * rewarded.known[:, None]
         seeds = [
             derive_seed(self.seed, "chain", update, problem.id, copy, *own)
-            for problem, copy in zip(problems, chain_copies(problems), strict=True)
+            for problem, copy in zip(problems, copies, strict=True)
         ]
         return Rollouts(
             problems=problems, group=group, trajectory=trajectory, judged=judged, rewards=rewards,
@@ -254,47 +272,3 @@ class PolicyJob:
                 f"{self.lost_updates} updates in a row: stopped (the last checkpoint is good)"
             )
         return lost < asked
-
-    def _metrics(self, rollouts: Rollouts) -> dict[str, Any]:
-        """What the policy's own chains say, before any hook."""
-        trajectory, judged = rollouts.trajectory, rollouts.judged
-        final, known = terminal(rollouts.rewards, trajectory.active), rollouts.known
-        active = trajectory.active
-        values: dict[str, Any] = {
-            "reward": final[known].mean().item(),
-            "unrewarded": 1 - known.float().mean().item(),
-            "accuracy": rollouts.correct.float().mean().item(),
-            "score": sum(v.score for v in judged.verdicts) / len(judged.verdicts),
-            "group_reward_std": _group_deviation(final, known, rollouts.group),
-            "steps_per_chain": active.sum(1).float().mean().item(),
-            "unfinished": trajectory.unfinished.float().mean().item(),
-        }
-        values |= {f"reward/{name}": mean for name, mean in self.rewarded[0].parts.items()}
-        if judged.guess_correct is not None:
-            values["over_denoising"] = over_denoised(judged).float().mean().item()
-            values["guess_accuracy"] = (judged.guess_correct.sum(0) / active.sum(0).clamp(min=1)).tolist()
-        return values
-
-
-def _advantages(advantage: Advantage, rollouts: Rollouts) -> Tensor:
-    """(B, S); a chain without a reward is no member of its group, and has advantage 0."""
-    known, trajectory = rollouts.known, rollouts.trajectory
-    values = torch.zeros(trajectory.active.shape)
-    if known.any():
-        own = (rollouts.rewards[known], trajectory.active[known], rollouts.group[known])
-        values[known] = advantage.advantages(*own)
-    return values
-
-
-def _equal_groups(rollouts: Rollouts) -> Tensor:
-    """(groups,) True where all finished samples of a group have the same reward: there is nothing to learn."""
-    final = terminal(rollouts.rewards, rollouts.trajectory.active)
-    own = [final[(rollouts.group == group) & rollouts.known] for group in rollouts.group.unique()]
-    return torch.tensor([len(values.unique()) <= 1 for values in own])
-
-
-def _group_deviation(final: Tensor, known: Tensor, group: Tensor) -> float:
-    """Standard deviation of ``final`` (B,) within a group, mean over the groups with two known members or more."""
-    own = [final[known & (group == number)] for number in group.unique()]
-    spread = [values.std() for values in own if len(values) > 1]
-    return torch.stack(spread).mean().item() if spread else 0.0

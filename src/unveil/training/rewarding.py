@@ -30,7 +30,7 @@ class Rewarded:
         failures: all scores that could not be had, with the part of a sum that they are of.
         asked: how many samples the reward was asked about.
         lost: how many of them have no score because of a failure.
-        parts: mean of every part of a sum over the finished samples that it scored.
+        parts: the scores of every part of a sum, of the finished samples that it scored.
     """
 
     values: Tensor
@@ -38,7 +38,7 @@ class Rewarded:
     failures: list[tuple[str, Failure]] = field(default_factory=list)
     asked: int = 0
     lost: int = 0
-    parts: dict[str, float] = field(default_factory=dict)
+    parts: dict[str, list[float]] = field(default_factory=dict)
 
 
 def reward_chains(
@@ -89,11 +89,9 @@ def reward_chains(
         failures=answer.failures(),
         asked=len(samples),
         lost=sum(isinstance(one, Failure) for one in answer.total),
-        parts={name: _mean([scores[number] for number in ends]) for name, scores in answer.parts.items()},
+        parts={name: _numbers([scores[number] for number in ends]) for name, scores in answer.parts.items()},
     )
 
 
-def _mean(scores: Sequence[Score]) -> float:
-    """Over those that are there; nan if none is."""
-    numbers = [one for one in scores if isinstance(one, float)]
-    return sum(numbers) / len(numbers) if numbers else float("nan")
+def _numbers(scores: Sequence[Score]) -> list[float]:
+    return [one for one in scores if isinstance(one, float)]

@@ -19,6 +19,7 @@ from unveil.denoisers.base import Denoiser, MaskedDenoiser
 from unveil.denoisers.continuous import ContinuousDenoiser
 from unveil.denoisers.image import Classes, ImageDenoiser, ImageModel, ImageNetwork, Prompts
 from unveil.denoisers.load import load_denoiser
+from unveil.denoisers.pipelines import PipelineOptions
 from unveil.denoisers.pretrained import Dtype
 from unveil.denoisers.score import ScoreConfig, ScoreDenoiser
 from unveil.denoisers.tokenizer import TextTokenizer
@@ -36,6 +37,7 @@ from unveil.training.lora import Adapter, LoraSettings
 from unveil.training.matching_job import MatchingJob, check_images
 from unveil.training.policy_config import PolicyConfig, PolicyEval
 from unveil.training.policy_job import PolicyJob
+from unveil.training.sharding import DistributedConfig, Shards
 from unveil.training.snapshots import SnapshotConfig
 from unveil.training.trainer import CheckpointConfig, Job, OptimConfig, Trainer
 
@@ -84,6 +86,7 @@ class PretrainRecipe:
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     snapshots: SnapshotConfig = field(default_factory=SnapshotConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     log: LogConfig = field(default_factory=LogConfig)
     updates: Annotated[int, Field(ge=1)]
     """Optimiser steps."""
@@ -103,6 +106,8 @@ class BaseModel:
     """Wrap prompts into a published model's chat template."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third more time, a fraction of the memory."""
+    pipeline: PipelineOptions | None = None
+    """How a published image pipeline is used: resolution, embedded guidance, prompt length."""
     lora: LoraSettings | None = None
     """Train low-rank adapters instead of all weights."""
     unmask: UnmaskNetwork | None = None
@@ -123,6 +128,7 @@ class TrainRecipe:
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     snapshots: SnapshotConfig = field(default_factory=SnapshotConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     log: LogConfig = field(default_factory=LogConfig)
     updates: Annotated[int, Field(ge=1)]
     """Policy updates (batches of rollouts)."""
@@ -137,10 +143,11 @@ def pretrain(recipe: PretrainRecipe, run: Path, *, resume: bool = False, progres
         UserError: before any work, if something in the recipe or the run folder does not fit.
     """
     ranks = Ranks()
-    denoiser = _new_denoiser(recipe.model, recipe.data, recipe.seed).to(ranks.device)
+    denoiser = _new_denoiser(recipe.model, recipe.data, recipe.seed)
+    shards = _place(denoiser, recipe, ranks)
     trainer = Trainer(
         denoiser, recipe.optim, recipe.checkpoint, recipe.snapshots,
-        updates=recipe.updates, eval_every=recipe.eval.every, run=run, ranks=ranks,
+        updates=recipe.updates, eval_every=recipe.eval.every, run=run, ranks=ranks, shards=shards,
     )  # fmt: skip
 
     def make(log: RunLog) -> Job:
@@ -159,8 +166,9 @@ def train(recipe: TrainRecipe, run: Path, *, resume: bool = False, progress: Pro
     ranks = Ranks()
     model = recipe.model
     denoiser: Denoiser = load_denoiser(
-        model.path, dtype=model.dtype, chat=model.chat, gradient_checkpointing=model.gradient_checkpointing
-    ).to(ranks.device)
+        model.path, dtype=model.dtype, chat=model.chat, gradient_checkpointing=model.gradient_checkpointing,
+        pipeline=model.pipeline,
+    )  # fmt: skip
     adapter = None
     if recipe.model.lora is not None:
         torch.manual_seed(recipe.seed)  # peft draws its initial weights from the global generator
@@ -172,16 +180,26 @@ def train(recipe: TrainRecipe, run: Path, *, resume: bool = False, progress: Pro
     if (action := recipe.policy.rollout.sampler.action) is not None and isinstance(denoiser, MaskedDenoiser):
         denoiser.unmask_action = dump(action)
     choose_trained(denoiser, recipe.model.train)
+    shards = _place(denoiser, recipe, ranks)
     trainer = Trainer(
         denoiser, recipe.optim, recipe.checkpoint, recipe.snapshots,
         updates=recipe.updates, eval_every=recipe.eval.every, run=run, ranks=ranks, adapter=adapter,
-        keep_reference=recipe.policy.kl.beta > 0,
+        keep_reference=recipe.policy.kl.beta > 0, shards=shards,
     )  # fmt: skip
 
     def make(log: RunLog) -> Job:
         return PolicyJob(trainer, recipe.policy, recipe.eval, log, seed=recipe.seed)
 
     return _run(recipe, recipe.system, run, trainer, make, resume=resume, progress=progress)
+
+
+def _place(denoiser: Denoiser, recipe: PretrainRecipe | TrainRecipe, ranks: Ranks) -> Shards | None:
+    """Bring a denoiser to the device of this rank, or its part of it."""
+    shard = recipe.distributed.shard
+    if shard == "none" or ranks.world == 1:
+        denoiser.to(ranks.device)
+        return None
+    return Shards(denoiser, shard, ranks, bf16=recipe.optim.precision == "bf16")
 
 
 def attach_unmask(denoiser: MaskedDenoiser, network: UnmaskNetwork, seed: int) -> None:
@@ -246,7 +264,7 @@ def _run(
     try:
         finished = trainer.fit(job, log, progress)
         status = "finished" if finished else "interrupted"
-        if finished and main:
+        if finished:
             trainer.save_final()
     finally:
         if main:
