@@ -128,6 +128,13 @@ def test_a_network_that_is_not_there_is_refused_before_any_work(tmp_path: Path) 
         Classifier.open(tmp_path / "broken.safetensors")
 
 
+def test_a_classifier_sees_larger_images_as_means_of_pixels() -> None:
+    judge = Classifier.open("digits-judge")
+    large = noise(5, 1, 24, 24)
+    small = torch.nn.functional.avg_pool2d(large, 3)
+    assert torch.equal(judge(large), judge(small)) and not torch.equal(judge(large), judge(large[..., :8, :8]))
+
+
 def test_gradients_reach_the_pixels() -> None:
     image = noise(1, 1, 8, 8).requires_grad_()
     Classifier.open("digits-reward")(image).log_softmax(-1)[0, 3].backward()
