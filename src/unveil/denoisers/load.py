@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from unveil.denoisers import hub
 from unveil.denoisers.base import MaskedDenoiser
@@ -30,6 +32,8 @@ PUBLISHED = {
     "sedd": "sedd:SeddDenoiser",
 }
 """Adapter of each model_type in a published config.json."""
+CONVERTED = "decoders:DecoderDenoiser"
+"""Adapter of the models that `convert` made, whose model_type is that of the autoregressive one."""
 
 
 def embedded_models() -> list[str]:
@@ -89,7 +93,7 @@ def load_denoiser(
         if gradient_checkpointing:
             denoiser.checkpoint_gradients()
     else:
-        adapter = _adapter(model_type, folder)
+        adapter = _adapter(config, model_type, folder)
         denoiser = adapter.from_pretrained(
             folder, dtype=dtype, chat=chat, gradient_checkpointing=gradient_checkpointing
         )
@@ -98,11 +102,26 @@ def load_denoiser(
     return denoiser.eval()
 
 
-def _adapter(model_type: object, folder: Path) -> type[PretrainedDenoiser]:
-    if model_type not in PUBLISHED:
-        hint = did_you_mean(str(model_type), [*KINDS, *PUBLISHED])
-        raise UserError(f"{folder / 'config.json'}: model_type {model_type!r} cannot be opened{hint}")
-    if importlib.util.find_spec("transformers") is None:
+def _adapter(config: Mapping[str, Any], model_type: object, folder: Path) -> type[PretrainedDenoiser]:
+    adapter = PUBLISHED.get(str(model_type))
+    if config.get("is_causal") is False and "mask_token_id" in config:
+        adapter = adapter or CONVERTED
+    if adapter is not None and not _installed("transformers"):
         raise UserError(f"{folder}: a model of type {model_type!r} needs an extra (pip install 'unveil[hf]')")
-    module, _, name = PUBLISHED[str(model_type)].partition(":")
+    if adapter is None:
+        where = f"{folder / 'config.json'}: model_type {model_type!r}"
+        if _installed("transformers") and model_type in _decoders():
+            raise UserError(f"{where}: an autoregressive model (`unveil pretrain convert` makes a masked one of it)")
+        raise UserError(f"{where} cannot be opened{did_you_mean(str(model_type), [*KINDS, *PUBLISHED])}")
+    module, _, name = adapter.partition(":")
     return getattr(importlib.import_module(f"unveil.denoisers.{module}"), name)
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _decoders() -> Collection[str]:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

@@ -205,20 +205,30 @@ class PretrainedDenoiser(MaskedDenoiser):
         if dtype not in DTYPES:
             raise UserError(f"dtype: {dtype!r} is not known (allowed: {', '.join(DTYPES)})")
         published = PublishedFolder(folder)
-        text = _read_tokenizer(cls.tokenizer_folder(folder), cls.tokenizer_class)
-        try:
-            with _empty_weights(DTYPES[dtype]):
-                network = cls.build(published.config)
-        except UserError as error:
-            raise UserError(f"{folder / 'config.json'}: {error}") from error
-        except Exception as error:  # a configuration may break the library's constructors in any way
-            raise UserError(f"{folder / 'config.json'}: {_first_line(error)}") from error
+        text = read_tokenizer(cls.tokenizer_folder(folder), cls.tokenizer_class)
+        network = cls.built(published, dtype)
         denoiser = cls(network, published, text, chat=chat)
         published.pair(network, denoiser.names)
         published.load(network, denoiser.names)
         if gradient_checkpointing:
             denoiser.checkpoint_gradients()
         return denoiser.eval()
+
+    @classmethod
+    def built(cls, published: PublishedFolder, dtype: Dtype) -> nn.Module:
+        """The network of a folder, its weights not yet read.
+
+        Raises:
+            UserError: the configuration is one that this adapter does not know.
+        """
+        where = published.folder / "config.json"
+        try:
+            with empty_weights(DTYPES[dtype]):
+                return cls.build(published.config)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+        except Exception as error:  # a configuration may break the library's constructors in any way
+            raise UserError(f"{where}: {first_line(error)}") from error
 
     @classmethod
     @abstractmethod
@@ -348,7 +358,7 @@ class _Frame:
                 for content in (marker, f"  {marker}  ")
             )
         except Exception as error:  # templates are programs
-            raise UserError(f"{folder}: the chat template cannot be used: {_first_line(error)}") from error
+            raise UserError(f"{folder}: the chat template cannot be used: {first_line(error)}") from error
         if written.count(marker) != 1:
             raise UserError(f"{folder}: the chat template does not write the prompt exactly once")
         before, after = written.split(marker)
@@ -362,7 +372,7 @@ class _Frame:
         return [*self.before, *ids, *self.after]
 
 
-def _read_tokenizer(folder: Path, fallback: str) -> Any:
+def read_tokenizer(folder: Path, fallback: str) -> Any:
     """The tokenizer of a folder, by the ecosystem's own loader; never by code in the folder."""
     import transformers
 
@@ -376,14 +386,14 @@ def _read_tokenizer(folder: Path, fallback: str) -> Any:
     try:
         text = getattr(transformers, name).from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{folder}: not a readable tokenizer: {_first_line(error)}") from error
+        raise UserError(f"{folder}: not a readable tokenizer: {first_line(error)}") from error
     text.backend_tokenizer.no_truncation()
     text.backend_tokenizer.no_padding()
     return text
 
 
 @contextmanager
-def _empty_weights(dtype: torch.dtype) -> Iterator[None]:
+def empty_weights(dtype: torch.dtype) -> Iterator[None]:
     """Modules made inside have weights of ``dtype`` that nobody has set: no time and no memory is spent on them."""
     from transformers.initialization import no_init_weights
 
@@ -407,5 +417,5 @@ def _first(*given: int | None) -> int | None:
     return next((index for index in given if index is not None), None)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip() or repr(error)).splitlines()[0]

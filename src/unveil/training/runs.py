@@ -16,7 +16,8 @@ from pydantic import Field
 
 from unveil import __version__
 from unveil.denoisers.base import MaskedDenoiser
-from unveil.denoisers.load import load_denoiser
+from unveil.denoisers.convert import Conversion, convert
+from unveil.denoisers.load import load_denoiser, model_folder
 from unveil.denoisers.pretrained import Dtype
 from unveil.denoisers.score import ScoreConfig, ScoreDenoiser
 from unveil.denoisers.tokenizer import TextTokenizer
@@ -43,7 +44,17 @@ class NewModel:
     """A denoiser from scratch, or the one that supervised fine-tuning starts from."""
 
     path: str | None = None
-    """Start from this model; then the other fields are not used."""
+    """Start from this model; then the fields of a new one are not used, without it those of a model that there is."""
+    convert: Conversion | None = None
+    """``path`` is an autoregressive model, to be made a masked one."""
+    dtype: Dtype = "fp32"
+    """Of a published model's weights: fp32, or bf16 (with adapters; full training would round its updates away)."""
+    chat: bool = False
+    """Wrap prompts into a published model's chat template."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: about a third more time, a fraction of the memory."""
+    lora: LoraSettings | None = None
+    """Train low-rank adapters instead of all weights."""
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
     """Its shape."""
     prediction: Literal["logits", "log_score"] = "logits"
@@ -117,14 +128,21 @@ def pretrain(recipe: PretrainRecipe, run: Path, *, resume: bool = False, progres
         UserError: before any work, if something in the recipe or the run folder does not fit.
     """
     ranks = Ranks()
-    denoiser = _new_denoiser(recipe.model, recipe.seed).to(ranks.device)
+    model = recipe.model
+    if model.convert is not None and model.convert.anneal >= recipe.updates:
+        raise UserError(
+            f"model.convert.anneal: {model.convert.anneal} updates leave none with open attention "
+            f"(updates is {recipe.updates})"
+        )
+    denoiser = _new_denoiser(model, recipe.seed).to(ranks.device)
     trainer = Trainer(
         denoiser, recipe.optim, recipe.checkpoint, recipe.snapshots,
         updates=recipe.updates, eval_every=recipe.eval.every, run=run, ranks=ranks,
+        adapter=None if model.lora is None else _adapter(denoiser, model.lora, recipe.seed),
     )  # fmt: skip
 
     def make(log: RunLog) -> Job:
-        return DenoisingJob(trainer, recipe.data, recipe.eval, log, seed=recipe.seed)
+        return DenoisingJob(trainer, recipe.data, recipe.eval, log, seed=recipe.seed, conversion=model.convert)
 
     return _run(recipe, "pretrain", run, trainer, make, resume=resume, progress=progress)
 
@@ -140,10 +158,7 @@ def train(recipe: TrainRecipe, run: Path, *, resume: bool = False, progress: Pro
     denoiser = load_denoiser(
         model.path, dtype=model.dtype, chat=model.chat, gradient_checkpointing=model.gradient_checkpointing
     ).to(ranks.device)
-    adapter = None
-    if recipe.model.lora is not None:
-        torch.manual_seed(recipe.seed)  # peft draws its initial weights from the global generator
-        adapter = Adapter(denoiser, recipe.model.lora)
+    adapter = None if model.lora is None else _adapter(denoiser, model.lora, recipe.seed)
     if recipe.model.unmask is not None:
         attach_unmask(denoiser, recipe.model.unmask, recipe.seed)
     if (action := recipe.policy.rollout.sampler.action) is not None:
@@ -159,6 +174,11 @@ def train(recipe: TrainRecipe, run: Path, *, resume: bool = False, progress: Pro
         return PolicyJob(trainer, recipe.policy, recipe.eval, log, seed=recipe.seed)
 
     return _run(recipe, recipe.system, run, trainer, make, resume=resume, progress=progress)
+
+
+def _adapter(denoiser: MaskedDenoiser, settings: LoraSettings, seed: int) -> Adapter:
+    torch.manual_seed(seed)  # peft draws its initial weights from the global generator
+    return Adapter(denoiser, settings)
 
 
 def attach_unmask(denoiser: MaskedDenoiser, network: UnmaskNetwork, seed: int) -> None:
@@ -240,8 +260,17 @@ def _draft_log(run: Path) -> RunLog:
 
 
 def _new_denoiser(model: NewModel, seed: int) -> MaskedDenoiser:
+    options: dict[str, Any] = {
+        "dtype": model.dtype, "chat": model.chat, "gradient_checkpointing": model.gradient_checkpointing,
+    }  # fmt: skip
     if model.path is not None:
-        return load_denoiser(model.path)
+        if model.convert is not None:
+            return convert(model_folder(model.path), model.convert, **options)
+        return load_denoiser(model.path, **options)
+    of_models = options | {"convert": model.convert is not None, "lora": model.lora is not None}
+    for key, given in of_models.items():
+        if given not in (False, "fp32"):
+            raise UserError(f"model.path: required for model.{key}, but missing")
     words = [str(number) for number in range(model.largest_number + 1)] + model.words
     try:
         tokenizer = TextTokenizer.of_words(words)
