@@ -65,7 +65,9 @@ def convert(
     published = PublishedFolder(folder)
     check_decoder(published.config, folder)
     text = read_tokenizer(folder, DecoderDenoiser.tokenizer_class)
-    mask, fresh = _mask_token(conversion.mask, published.config, text)
+    fresh = _name_mask(conversion.mask, published.config, text)
+    text = _write_tokenizer(published, text)
+    mask = text.mask_token_id
     network: Any = DecoderDenoiser.built(published, dtype)
     own, prefix = set(network.state_dict()), network.base_model_prefix
     found = {name: own_name(name, own, prefix) for name in published.shapes}
@@ -77,7 +79,6 @@ def convert(
     shift = int(conversion.shift)
     sizes = {"vocab_size": network.config.vocab_size}
     published.config |= {**sizes, "is_causal": False, "mask_token_id": mask, "logit_shift": shift}
-    published.companions = _with_tokenizer(published.companions, text)
     denoiser = DecoderDenoiser(network, published, text, chat=chat)
     name = text.convert_ids_to_tokens(mask)
     if mask in denoiser.frame.wrap([]):
@@ -104,13 +105,13 @@ def check_decoder(config: dict[str, Any], folder: Path) -> None:
         raise UserError(f"{where}: no autoregressive model that can be converted{did_you_mean(str(kind), DECODERS)}")
 
 
-def _mask_token(wanted: str | None, config: dict[str, Any], text: Any) -> tuple[int, bool]:
-    """The mask's id, and whether its embedding has to be made. The tokenizer knows it afterwards."""
+def _name_mask(wanted: str | None, config: dict[str, Any], text: Any) -> bool:
+    """Give the tokenizer its mask token; whether an embedding has to be made for it."""
     known = text.get_vocab()
     if wanted is None:
         held = next((token for token in (text.mask_token, *MASKS) if token in known), None)
         text.add_special_tokens({"mask_token": held or NEW_MASK})
-        return text.mask_token_id, held is None
+        return held is None
     special = [token.content for token in text.added_tokens_decoder.values() if token.special]
     if wanted not in known:
         raise UserError(f"model.convert.mask: no token is called {wanted!r}{did_you_mean(wanted, special)}")
@@ -122,7 +123,7 @@ def _mask_token(wanted: str | None, config: dict[str, Any], text: Any) -> tuple[
         raise UserError(f"model.convert.mask: {wanted!r} has another use (end, padding, start or unknown)")
     fresh = wanted != text.mask_token
     text.add_special_tokens({"mask_token": wanted})
-    return index, fresh
+    return fresh
 
 
 @torch.no_grad()
@@ -138,12 +139,14 @@ def _embed(network: Any, mask: int, text: Any) -> None:
             layer.bias[mask] = 0.0
 
 
-def _with_tokenizer(companions: dict[str, bytes], text: Any) -> dict[str, bytes]:
-    """The small files of a folder, those of the tokenizer written anew: it has a mask token now."""
-    kept = {name: content for name, content in companions.items() if name not in _TOKENIZER}
+def _write_tokenizer(published: PublishedFolder, text: Any) -> Any:
+    """Replace the tokenizer's files by those of ``text``, and read them back: ids are what whoever opens them sees."""
+    kept = {name: content for name, content in published.companions.items() if name not in _TOKENIZER}
     with tempfile.TemporaryDirectory() as scratch:
         text.save_pretrained(scratch)
-        return kept | {path.name: path.read_bytes() for path in Path(scratch).iterdir() if path.is_file()}
+        written = {path.name: path.read_bytes() for path in Path(scratch).iterdir() if path.is_file()}
+        published.companions = kept | written
+        return read_tokenizer(Path(scratch), DecoderDenoiser.tokenizer_class)
 
 
 @torch.no_grad()

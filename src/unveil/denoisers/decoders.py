@@ -22,13 +22,14 @@ from unveil.registry import UserError, did_you_mean
 
 _BUFFER = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.(masked_)?bias)")
 """What old files hold and no network reads any more."""
+_RENAMED = {"embed_out.weight": "lm_head.weight"}  # GPT-NeoX
 
 
 class DecoderDenoiser(PretrainedDenoiser):
     """``...ForCausalLM`` whose causal mask is off."""
 
     network: Any
-    output_layers = ("lm_head", "embed_out")
+    output_layers = ("lm_head",)
     prefix: ClassVar[str] = "a2d-"
     """Of the model_type, before the architecture's name."""
     shifted: ClassVar[bool] = False
@@ -109,6 +110,7 @@ def shift_right(features: Tensor, valid: Tensor | None) -> Tensor:
 
 def own_name(name: str, own: Collection[str], prefix: str) -> str | None:
     """A network's own name of a tensor in the files; None for a buffer of old files."""
+    name = _RENAMED.get(name, name)
     inner = f"{prefix}.{name}"  # files of GPT-2 leave it out
     if name not in own and inner in own:
         return inner
