@@ -1,0 +1,143 @@
+"""Transition kernels: the distribution of x_s given x_t and what the network says of it, for s < t.
+
+Every kernel is a pure function of (guess, x_t, t, s), the same for drawing a step and for scoring a stored one, so an
+on-policy ratio is exactly 1. On any path, with r = (alpha_t sigma_s) / (alpha_s sigma_t):
+
+| kernel | mean | std |
+|---|---|---|
+| `ddim` | alpha_s x_0 + sqrt(sigma_s^2 - std^2) eps | eta sigma_s sqrt(1 - r^2) |
+| `cps` | alpha_s x_0 + sigma_s cos(noise pi/2) eps | sigma_s sin(noise pi/2) |
+| `flow` | x_t + [velocity + g^2 / (2 sigma_t) eps] (s - t) | g sqrt(t - s), g^2 = noise^2 sigma_t / alpha_t |
+| `dance` | as `flow` | as `flow`, g constant |
+
+`ddim` with eta 0 is the exact step of the ODE for a constant guess (`deterministic`), with eta 1 the DDPM posterior and
+the first-order SDE-DPM-Solver++: no noise is left over at the end, however few the steps. `flow` and `dance` are
+Euler-Maruyama steps of an SDE: in few steps visible noise remains. The marginals of all three become the process's as
+steps become small. Those of `cps` do not: it keeps the total amount of noise, at any number of steps.
+
+Sources: DDIM (arXiv 2010.02502), Flow-GRPO (2505.05470), DanceGRPO (2505.07818), CPS (2509.05952).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from unveil.processes.gaussian import Gaussian, GaussianProcess, Guess, full, spread
+from unveil.registry import Plugin
+
+
+def deterministic(process: GaussianProcess, guess: Guess, s: Tensor) -> Tensor:
+    """x_s (B, *D) without noise, alpha_s x_0 + sigma_s eps: a DDIM step, an Euler step of a flow."""
+    return spread(process.alpha(s), guess.x0) * guess.x0 + spread(process.sigma(s), guess.x0) * guess.eps
+
+
+class Kernel(Plugin, family="kernel"):
+    """A stochastic step from t to s."""
+
+    @property
+    def stochastic(self) -> bool:
+        """False if no step has noise: there is then nothing to score."""
+        raise NotImplementedError
+
+    def step(self, process: GaussianProcess, guess: Guess, x: Tensor, t: Tensor, s: Tensor) -> Gaussian:
+        """The distribution of x_s given x_t (B, *D), from times t to s (B,), 0 <= s < t <= 1.
+
+        Raises:
+            ValueError: the times are not ordered so.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ddim(Kernel, name="ddim"):
+    """DDIM with noise. A step to s = 0 is deterministic."""
+
+    eta: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Share of the noise of the DDPM posterior; 0 is the ODE."""
+
+    @property
+    def stochastic(self) -> bool:
+        return self.eta > 0
+
+    def step(self, process: GaussianProcess, guess: Guess, x: Tensor, t: Tensor, s: Tensor) -> Gaussian:
+        process.check_times(t, s)
+        sigma = process.sigma(s)
+        kept = process.alpha(t) * sigma / (process.alpha(s) * process.sigma(t))
+        std = self.eta * sigma * (1 - kept**2).sqrt()
+        # sqrt(sigma^2 - std^2), a sum of positive terms: rounding cannot make it the root of a negative number.
+        noise = sigma * (1 - self.eta**2 + self.eta**2 * kept**2).sqrt()
+        return _mixed(process.alpha(s), noise, guess, std)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoefficientsPreserving(Kernel, name="cps"):
+    """CPS: a fixed share of the noise that is left is drawn anew. A step to s = 0 is deterministic."""
+
+    noise: Annotated[float, Field(ge=0, le=1)] = 0.8
+    """0 is the ODE, 1 draws all noise anew."""
+
+    @property
+    def stochastic(self) -> bool:
+        return self.noise > 0
+
+    def step(self, process: GaussianProcess, guess: Guess, x: Tensor, t: Tensor, s: Tensor) -> Gaussian:
+        process.check_times(t, s)
+        sigma, angle = process.sigma(s), self.noise * math.pi / 2
+        return _mixed(process.alpha(s), sigma * math.cos(angle), guess, sigma * math.sin(angle))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowSde(Kernel, name="flow"):
+    """Flow-GRPO's SDE. Noise also in a step to s = 0.
+
+    At t = 1 of a flow alpha is 0 and g has a pole: there, as in the authors' code, alpha is taken at s.
+    """
+
+    noise: Annotated[float, Field(ge=0)] = 0.7
+    """a in g^2 = a^2 sigma / alpha; 0 is Euler."""
+
+    @property
+    def stochastic(self) -> bool:
+        return self.noise > 0
+
+    def step(self, process: GaussianProcess, guess: Guess, x: Tensor, t: Tensor, s: Tensor) -> Gaussian:
+        process.check_times(t, s)
+        alpha = process.alpha(t)
+        alpha = torch.where(alpha > 0, alpha, process.alpha(s))
+        return _euler_maruyama(process, guess, x, t, s, self.noise**2 * process.sigma(t) / alpha)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DanceSde(Kernel, name="dance"):
+    """DanceGRPO's SDE: the same noise rate at all times, also in a step to s = 0."""
+
+    noise: Annotated[float, Field(ge=0)] = 0.3
+    """g; 0 is Euler."""
+
+    @property
+    def stochastic(self) -> bool:
+        return self.noise > 0
+
+    def step(self, process: GaussianProcess, guess: Guess, x: Tensor, t: Tensor, s: Tensor) -> Gaussian:
+        process.check_times(t, s)
+        return _euler_maruyama(process, guess, x, t, s, torch.full_like(process.sigma(t), self.noise**2))
+
+
+def _mixed(data: Tensor, noise: Tensor, guess: Guess, std: Tensor) -> Gaussian:
+    return Gaussian(mean=spread(data, guess.x0) * guess.x0 + spread(noise, guess.x0) * guess.eps, std=std)
+
+
+def _euler_maruyama(
+    process: GaussianProcess, guess: Guess, x: Tensor, t: Tensor, s: Tensor, squared_rate: Tensor
+) -> Gaussian:
+    """x + [velocity - g^2/2 score] (s - t), std g sqrt(t - s), with g^2 = ``squared_rate`` (B,)."""
+    x, length = full(x), t.double() - s.double()
+    push = spread(squared_rate / (2 * process.sigma(t)), x) * guess.eps
+    drift = process.velocity(guess, t) + push
+    return Gaussian(mean=x - spread(length, x) * drift, std=(squared_rate * length).sqrt())
