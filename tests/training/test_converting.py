@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,27 @@ def test_what_is_trained_opens_in_the_library_and_decodes(
     assert main(["decode", str(tmp_path / "run"), "--prompt", "2+2=", "--length", "4", "--json"]) == 0
     (told,) = json.loads(capsys.readouterr().out.splitlines()[-1])["completions"]
     assert told["holes"] == 0 and "<|" not in told["completion"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_adapters_train_the_embedding_of_a_new_mask_too(folder: Path, tmp_path: Path, tied: bool) -> None:
+    shutil.copytree(folder, tmp_path / "base")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(**SHAPE, tie_word_embeddings=tied)
+        transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    made = recipe(tmp_path / "base", write_lines(tmp_path / "pairs.jsonl", PAIRS), lora=LoraSettings(rank=2))
+    pretrain(made, tmp_path / "run")
+    before = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    after = load_denoiser(tmp_path / "run")
+    assert isinstance(after, DecoderDenoiser) and after.spec.mask_id == 60
+    moved = (after.network.model.embed_tokens.weight != before.model.embed_tokens.weight).any(1)
+    assert moved.nonzero().flatten().tolist() == [60]
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["kind"] == "held_out"  # of the adapters; the merged model must give the same
+    again = recipe(tmp_path / "run" / "model", str(tmp_path / "pairs.jsonl"), convert=None, updates=1)
+    pretrain(again, tmp_path / "again")
+    assert lines(tmp_path / "again", "held_out")[0]["loss"] == pytest.approx(last["loss"], abs=1e-5)
 
 
 def test_text_is_packed_into_full_responses(folder: Path, tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ class LoraSettings:
 class Adapter:
     """LoRA layers inside a denoiser, which stays the object that everybody holds."""
 
-    def __init__(self, denoiser: MaskedDenoiser, settings: LoraSettings) -> None:
+    def __init__(self, denoiser: MaskedDenoiser, settings: LoraSettings, *, embedding: str | None = None) -> None:
+        """``embedding`` is the name of the layer in which the mask's row is trained beside the adapters."""
         try:
             import peft
         except ImportError as error:
@@ -45,9 +46,11 @@ class Adapter:
             raise UserError(
                 f"model.lora.targets: no linear layer is called {missing[0]!r} (allowed: {', '.join(sorted(names))})"
             )
+        rows = None if embedding is None else {embedding: [denoiser.spec.mask_id]}
         config = peft.LoraConfig(
-            r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=targets
-        )
+            r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=targets,
+            trainable_token_indices=rows,
+        )  # fmt: skip
         self.denoiser = denoiser
         self.wrapped: Any = peft.get_peft_model(denoiser, config)
 

@@ -17,6 +17,7 @@ from pydantic import Field
 from unveil import __version__
 from unveil.denoisers.base import MaskedDenoiser
 from unveil.denoisers.convert import Conversion, convert
+from unveil.denoisers.decoders import DecoderDenoiser
 from unveil.denoisers.load import load_denoiser, model_folder
 from unveil.denoisers.pretrained import Dtype
 from unveil.denoisers.score import ScoreConfig, ScoreDenoiser
@@ -134,11 +135,11 @@ def pretrain(recipe: PretrainRecipe, run: Path, *, resume: bool = False, progres
             f"model.convert.anneal: {model.convert.anneal} updates leave none with open attention "
             f"(updates is {recipe.updates})"
         )
-    denoiser = _new_denoiser(model, recipe.seed).to(ranks.device)
+    denoiser, new = _new_denoiser(model, recipe.seed).to(ranks.device), model.convert is not None
     trainer = Trainer(
         denoiser, recipe.optim, recipe.checkpoint, recipe.snapshots,
         updates=recipe.updates, eval_every=recipe.eval.every, run=run, ranks=ranks,
-        adapter=None if model.lora is None else _adapter(denoiser, model.lora, recipe.seed),
+        adapter=None if model.lora is None else _adapter(denoiser, model.lora, recipe.seed, new=new),
     )  # fmt: skip
 
     def make(log: RunLog) -> Job:
@@ -176,9 +177,15 @@ def train(recipe: TrainRecipe, run: Path, *, resume: bool = False, progress: Pro
     return _run(recipe, recipe.system, run, trainer, make, resume=resume, progress=progress)
 
 
-def _adapter(denoiser: MaskedDenoiser, settings: LoraSettings, seed: int) -> Adapter:
+def _adapter(denoiser: MaskedDenoiser, settings: LoraSettings, seed: int, *, new: bool = False) -> Adapter:
+    """Adapters; in a model whose mask is ``new`` its embedding is trained too, or it would never mean anything."""
     torch.manual_seed(seed)  # peft draws its initial weights from the global generator
-    return Adapter(denoiser, settings)
+    embedding = None
+    if new:
+        assert isinstance(denoiser, DecoderDenoiser)
+        layer = denoiser.network.get_input_embeddings()
+        embedding = next(name for name, module in denoiser.named_modules() if module is layer)
+    return Adapter(denoiser, settings, embedding=embedding)
 
 
 def attach_unmask(denoiser: MaskedDenoiser, network: UnmaskNetwork, seed: int) -> None:
