@@ -2,7 +2,7 @@
 
     python examples/gsm8k_pairs.py gsm8k_train.jsonl models/smollm2 pairs.jsonl --prompt 64 --completion 80
 
-The calculator's marks (``<<48/2=24>>``) are left out; the answer ends with ``#### 72``, as in the data.
+The calculator's marks (``<<48/2=24>>``) are left out, and ``#### 72`` becomes ``\\boxed{72}``, which the task checks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     kept, rows = [], [json.loads(line) for line in args.file.read_text(encoding="utf-8").splitlines()]
     for row in rows:
-        pair = {"prompt": row["question"] + "\n", "completion": re.sub(r"<<[^<>]*>>", "", row["answer"])}
+        answer = re.sub(r"#### (.*)", r"\\boxed{\1}", re.sub(r"<<[^<>]*>>", "", row["answer"]))
+        pair = {"prompt": row["question"] + "\n", "completion": answer}
         if all(len(tokenizer(pair[key]).input_ids) <= getattr(args, key) for key in pair):
             kept.append(json.dumps(pair, ensure_ascii=False) + "\n")
     args.out.write_text("".join(kept), encoding="utf-8")

@@ -18,6 +18,7 @@ from unveil.denoisers.convert import NEW_MASK, Conversion, convert
 from unveil.denoisers.decoders import DecoderDenoiser
 from unveil.denoisers.load import load_denoiser
 from unveil.registry import UserError
+from unveil.training.lora import Adapter, LoraSettings
 
 RESERVED = "<|reserved|>"
 WINDOW = 4
@@ -241,6 +242,38 @@ def test_old_files_of_gpt2_are_read(folders: Any, tmp_path: Path) -> None:
     assert torch.equal(denoiser(ids), convert(folders("gpt2"), Conversion())(ids))
     denoiser.save_pretrained(tmp_path / "saved")
     assert torch.equal(load_denoiser(tmp_path / "saved")(ids), denoiser(ids))
+
+
+# ---- training
+
+
+def gradient(denoiser: DecoderDenoiser) -> dict[str, Tensor]:
+    denoiser.train()
+    denoiser(torch.tensor([[5, denoiser.spec.mask_id, 7, 9]])).logsumexp(-1).sum().backward()
+    return {name: p.grad for name, p in denoiser.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("architecture", SINGLE)
+def test_checkpointed_gradients_are_the_same(folders: Any, architecture: str) -> None:
+    plain, saving = (convert(folders(architecture), Conversion(), gradient_checkpointing=on) for on in (False, True))
+    want, found = gradient(plain), gradient(saving)
+    assert want.keys() == found.keys() and all(torch.equal(want[name], found[name]) for name in want)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@torch.no_grad()
+def test_merged_adapters_are_the_adapted_model(folders: Any, tmp_path: Path, architecture: str) -> None:
+    denoiser, ids = convert(folders(architecture), Conversion()), tokens(6)
+    base = denoiser(ids)
+    adapter = Adapter(denoiser, LoraSettings(rank=2, alpha=4))
+    for parameter in (p for p in denoiser.parameters() if p.requires_grad):
+        parameter.add_(0.05)
+    moved = denoiser(ids)
+    with adapter.off():
+        assert torch.equal(denoiser(ids), base)
+    assert (moved - base).nan_to_num(0).abs().max() > 1e-3
+    adapter.merge().save_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(load_denoiser(tmp_path / "merged")(ids), moved, atol=1e-5, rtol=1e-5)
 
 
 # ---- what is refused

@@ -36,9 +36,8 @@ class Adapter:
             import peft
         except ImportError as error:
             raise UserError("model.lora: the extra is not installed (pip install 'unveil[lora]')") from error
-        names = {
-            name.rsplit(".", 1)[-1] for name, module in denoiser.named_modules() if type(module).__name__ == "Linear"
-        }
+        kinds = {(name.rsplit(".", 1)[-1], type(module).__name__) for name, module in denoiser.named_modules()}
+        names = {name for name, kind in kinds if kind in ("Linear", "Conv1D")}
         inner = sorted(names - set(denoiser.output_layers))
         targets = inner if settings.targets == "all-linear" else settings.targets
         missing = sorted(set(targets) - names) if isinstance(targets, list) else []
@@ -49,7 +48,7 @@ class Adapter:
         rows = None if embedding is None else {embedding: [denoiser.spec.mask_id]}
         config = peft.LoraConfig(
             r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=targets,
-            trainable_token_indices=rows,
+            trainable_token_indices=rows, fan_in_fan_out=any(kind == "Conv1D" for _, kind in kinds),  # GPT-2
         )  # fmt: skip
         self.denoiser = denoiser
         self.wrapped: Any = peft.get_peft_model(denoiser, config)
