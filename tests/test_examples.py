@@ -20,9 +20,9 @@ from unveil.cli.main import COMMANDS, parse
 from unveil.cli.recipes import find_recipe
 from unveil.denoisers.unmask import UnmaskNetwork
 from unveil.learning.advantages import Advantage
-from unveil.learning.likelihoods import Likelihood, TokenFilter
 from unveil.learning.objectives import Objective, Weighting
 from unveil.learning.selectors import Selector
+from unveil.learning.views import Likelihood, TokenFilter
 from unveil.recipe import build, load
 from unveil.registry import Plugin, names
 from unveil.rewards.base import Reward
@@ -181,8 +181,24 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize(
     "family",
     [
-        Task, Sampler, Rule, Action, Solver, Transform, Schedule, UnmaskNetwork, ProblemFilter, Shaping, GroupHook,
-        Advantage, Selector, Likelihood, TokenFilter, Objective, Weighting, Reward,
+        Task,
+        Sampler,
+        Rule,
+        Action,
+        Solver,
+        Transform,
+        Schedule,
+        UnmaskNetwork,
+        ProblemFilter,
+        Shaping,
+        GroupHook,
+        Advantage,
+        Selector,
+        Likelihood,
+        TokenFilter,
+        Objective,
+        Weighting,
+        Reward,
     ],
 )
 def test_the_table_of_plug_ins_is_complete(family: type[Plugin]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from unveil.cli.main import main
-from unveil.samplers.trajectory import Trajectory
+from unveil.samplers.trajectory import TokenTrajectory
 
 PRETRAIN = """
 model:
@@ -181,7 +181,7 @@ def test_decode_infill_keeps_the_words(capsys: pytest.CaptureFixture[str], runs:
         "--trajectory", path, "--rule", "rcr:running=max",
     )  # fmt: skip
     assert told["length"] == 7
-    trajectory = Trajectory.load(path)
+    trajectory = TokenTrajectory.load(path)
     assert trajectory.states is not None
     assert (trajectory.states[0, 0] == trajectory.mask_id).tolist() == [
         False,
@@ -200,7 +200,7 @@ def test_decode_infill_keeps_the_words(capsys: pytest.CaptureFixture[str], runs:
 def test_decode_saves_every_field(capsys: pytest.CaptureFixture[str], runs: Path, tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
     answer(capsys, "decode", runs / "base", "--prompt", "1 2 3 -> 6", "--steps", "4", "--trajectory", path)
-    trajectory = Trajectory.load(path)
+    trajectory = TokenTrajectory.load(path)
     assert trajectory.steps == 4
     for name in ("states", "guesses", "confidence", "log_prob", "revealed", "taken_back", "step_map"):
         assert getattr(trajectory, name) is not None
@@ -233,10 +233,10 @@ def test_eval_grid(capsys: pytest.CaptureFixture[str], runs: Path, tmp_path: Pat
         ("threshold:threshold=0.5", None, None), ("threshold:threshold=0.5", None, 6),
         ("rcr", 4, None), ("rcr", 4, 6), ("rcr", 12, None), ("rcr", 12, 6),
     ]  # fmt: skip
-    assert results[0]["forwards_per_problem"] == 4
+    assert results[0]["forwards_per_completion"] == 4
     assert all(line["length"] == 12 and line["problems"] == 6 for line in results)
-    records = [json.loads(line) for line in out.read_text().splitlines()]
-    assert len(records) == 6 * len(results)
+    settings, *records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert list(settings) == ["settings"] and len(records) == 6 * len(results)
     first = [
         record for record in records if record["decoder"] == "lcr" and record["steps"] == 4 and not record["block"]
     ]

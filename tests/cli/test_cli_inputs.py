@@ -231,7 +231,8 @@ def test_eval_names_every_cell_that_does_not_fit(
     assert "task.number: unknown key" in refused(capsys, *argv, "task.number=3")
     assert not out.exists()
     out.write_text("precious")
-    assert "should be a new file" in refused(capsys, *argv)
+    assert refused(capsys, *argv) == f"--out: {str(out)!r} exists; --resume goes on with it"
+    assert "is no file of completions" in refused(capsys, *argv, "--resume")
     assert out.read_text() == "precious"
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from unveil.cli.main import main
 from unveil.denoisers.load import load_denoiser
-from unveil.samplers.trajectory import Trajectory
+from unveil.samplers.trajectory import TokenTrajectory
 
 PRETRAIN = """
 model:
@@ -29,7 +29,7 @@ policy:
   task: {name: sudoku, size: 4, blanks: 6}
   reward: score
   rollout: {sampler: {name: reverse, steps: 4, method: euler}, response_length: 17, prompts: 2, group_size: 3}
-  likelihood: {name: transition, method: euler}
+  likelihood: {name: reverse, method: euler}
   selector: nonzero
   objective: {name: clipped, level: step}
   weighting: dcolt
@@ -78,7 +78,7 @@ def test_decode_and_eval_name_the_sampler_as_a_rule(
     how = ("--prompt", PROMPT, "--rule", "reverse:method=euler,last_time=0.2", "--steps", 5, "--temperature", 1)
     found = answer(capsys, "decode", runs / "tuned", *how, "--trajectory", saved)
     assert found["steps"] == 5 and len(found["completions"]) == 1
-    trajectory = Trajectory.load(saved)
+    trajectory = TokenTrajectory.load(saved)
     assert trajectory.step_map is not None and trajectory.forwards == int(trajectory.active.sum())
     task = ("--task", "sudoku", "task.size=4", "task.blanks=6")
     grid = answer(capsys, "eval", runs / "base", *task, "--problems", 4, "--rules", "reverse", "--steps", "2,3")

@@ -23,7 +23,7 @@ from unveil.denoisers.decoders import shift_right
 from unveil.denoisers.dream import DreamDenoiser
 from unveil.denoisers.load import load_denoiser
 from unveil.denoisers.pretrained import PretrainedDenoiser
-from unveil.learning.objectives import Kl
+from unveil.learning.regularisers import Kl
 from unveil.processes.score_entropy import Geometric, LogLinear
 from unveil.registry import UserError
 from unveil.rewards.base import Shaped
@@ -305,8 +305,10 @@ def test_a_saved_folder_has_the_format_that_it_came_in(folders: dict[str, Path],
             weights = json.loads(after[name].read_text())["weight_map"]
             assert weights.items() <= json.loads(before[name].read_text())["weight_map"].items()
         else:
-            assert json.loads(before[name].read_text()) == json.loads(after[name].read_text()) if ".json" in name else (
-                before[name].read_bytes() == after[name].read_bytes()
+            assert (
+                json.loads(before[name].read_text()) == json.loads(after[name].read_text())
+                if ".json" in name
+                else (before[name].read_bytes() == after[name].read_bytes())
             )
     ids = torch.tensor([[5, denoiser.spec.mask_id, 7]])
     assert torch.equal(load_denoiser(tmp_path / "saved")(ids, t=half(ids)), denoiser(ids, t=half(ids)))

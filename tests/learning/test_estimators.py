@@ -26,9 +26,10 @@ from unveil.learning.estimators import (
     quadrature,
     sdmc_masks,
 )
-from unveil.learning.likelihoods import Inner, Likelihood, Views
+from unveil.learning.likelihoods import TokenViews
+from unveil.learning.views import Inner, Likelihood
 from unveil.registry import UserError
-from unveil.samplers.trajectory import Trajectory
+from unveil.samplers.trajectory import TokenTrajectory
 from unveil.seeds import derive_seed, generator
 
 SIZE = 5
@@ -200,14 +201,14 @@ ESTIMATORS = {
 Ids = list[list[int]]
 
 
-def trajectory(responses: Ids, prompts: Ids, given: Ids | None = None) -> Trajectory:
+def trajectory(responses: Ids, prompts: Ids, given: Ids | None = None) -> TokenTrajectory:
     """Finished chains with left-padded prompts."""
     width = max(len(prompt) for prompt in prompts)
     count, length = len(responses), len(responses[0])
     prompt_ids = torch.tensor([[PAD] * (width - len(p)) + p for p in prompts])
     valid = torch.ones(count, width + length, dtype=torch.bool)
     valid[:, :width] = prompt_ids != PAD
-    return Trajectory(
+    return TokenTrajectory(
         prompt_ids=prompt_ids,
         response_ids=torch.tensor(responses),
         valid=valid,
@@ -219,12 +220,14 @@ def trajectory(responses: Ids, prompts: Ids, given: Ids | None = None) -> Trajec
     )
 
 
-def views_of(estimator: Likelihood, chains: Trajectory, seeds: list[int], number: int = 0, count: int = 3) -> Views:
+def views_of(
+    estimator: Likelihood, chains: TokenTrajectory, seeds: list[int], number: int = 0, count: int = 3
+) -> TokenViews:
     inner = Inner(number=number, count=count)
     return estimator.views(chains, chains.active.float(), seeds, tiny.denoiser().spec, inner)
 
 
-def shares(views: Views, row: int) -> float:
+def shares(views: TokenViews, row: int) -> float:
     """What a chain's ratio is normalised by."""
     return float(views.length[views.rows == row].sum())
 

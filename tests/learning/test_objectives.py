@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unveil.learning.objectives import Clipped, Kl
+from unveil.learning.objectives import Clipped
+from unveil.learning.regularisers import Kl
 
 LOG_PROB = st.floats(-3, 0, width=32)
 

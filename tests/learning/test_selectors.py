@@ -8,16 +8,16 @@ from hypothesis import strategies as st
 
 import tiny
 from unveil.learning.selectors import AllSteps, TopAdvantage, UniformSteps
-from unveil.samplers.trajectory import Trajectory
+from unveil.samplers.trajectory import TokenTrajectory
 from unveil.seeds import generator
 
 SPEC = tiny.denoiser().spec
 
 
-def chains(active: torch.Tensor) -> Trajectory:
+def chains(active: torch.Tensor) -> TokenTrajectory:
     """Chains of which only the steps matter."""
     batch = len(active)
-    return Trajectory(
+    return TokenTrajectory(
         prompt_ids=torch.zeros(batch, 1, dtype=torch.long),
         response_ids=torch.zeros(batch, 1, dtype=torch.long),
         valid=torch.ones(batch, 2, dtype=torch.bool),

@@ -7,16 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from unveil.learning.likelihoods import Views, without
+from unveil.learning.likelihoods import TokenViews, without
 from unveil.learning.objectives import SequenceMean, StepMean, TokenMean, TokenSum, unit_of
-from unveil.samplers.trajectory import Trajectory
+from unveil.samplers.trajectory import TokenTrajectory
 
 
-def views() -> Views:
+def views() -> TokenViews:
     """Chain 0 has steps 0 and 2; chain 1 two views of one estimator (step 3), which share position 1."""
     scored = torch.tensor([[1, 1, 0], [0, 0, 1], [1, 1, 0], [0, 1, 1]], dtype=torch.bool)
     nothing = torch.zeros(4, 5, dtype=torch.long)
-    return Views(
+    return TokenViews(
         ids=nothing,
         valid=nothing.bool(),
         prompt_width=2,
@@ -30,9 +30,9 @@ def views() -> Views:
     )
 
 
-def chains() -> Trajectory:
+def chains() -> TokenTrajectory:
     ids = torch.zeros(2, 3, dtype=torch.long)
-    return Trajectory(
+    return TokenTrajectory(
         prompt_ids=ids[:, :2], response_ids=ids, valid=torch.ones(2, 5, dtype=torch.bool),
         active=torch.ones(2, 4, dtype=torch.bool), given=ids.bool(), planned=torch.tensor([4, 4]),
         forwards=0, mask_id=0,

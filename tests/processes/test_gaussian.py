@@ -359,8 +359,8 @@ def test_log_probs_give_the_gradient_of_an_expectation() -> None:
     (exact,) = torch.autograd.grad(mean.sum(), w)
     reward = x[:, 0] - x.mean()
     (estimate,) = torch.autograd.grad((score * reward).mean(), w)
-    # Three standard errors of the mean over 100,000 chains, which is 1 % here.
-    assert abs(float(estimate - exact)) < 0.03 * abs(float(exact))
+    # The standard error over 100,000 chains is 0.35 % (measured over 12 seeds).
+    assert abs(float(estimate - exact)) < 0.015 * abs(float(exact))
 
 
 @STOCHASTIC

@@ -69,9 +69,7 @@ def test_rare_classes_lose_to_frequent_ones() -> None:
     assert (ratio.diff() <= 0).all() and ratio[0] > 1 > ratio[-1]
 
 
-@pytest.mark.parametrize(
-    "steps,unmask,nats", [(1_000, 6.4e-4, 5.32), (10_000, 4.4e-5, 3.91), (50_000, 6.0e-6, 2.88)]
-)
+@pytest.mark.parametrize("steps,unmask,nats", [(1_000, 6.4e-4, 5.32), (10_000, 4.4e-5, 3.91), (50_000, 6.0e-6, 2.88)])
 def test_float32_faults_of_a_fine_ancestral_step(steps: int, unmask: float, nats: float) -> None:
     found = bias("one-draw", zipf(WORDS), 1 / steps, "float32")
     assert found.unmask == pytest.approx(unmask, rel=0.01) and found.unmask_exact == 1 / steps

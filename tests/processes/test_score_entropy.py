@@ -160,8 +160,9 @@ def generator_matrix() -> Tensor:
 
 @pytest.mark.parametrize("noise", NOISES)
 def test_steps_are_the_matrix_formulas_for_any_score(noise: Noise) -> None:
-    """Tweedie: p(z) = (e^-dQ s)_z (e^dQ)_{mask, z}, d = sigma_t - sigma_s. Euler: one-hot + dt sigma' Q_{mask, z} s_z.
-    """
+    """Tweedie: p(z) = (e^-dQ s)_z (e^dQ)_{mask, z}, d = sigma_t - sigma_s.
+
+    Euler: one-hot + dt sigma' Q_{mask, z} s_z."""
     q, (t, s) = generator_matrix(), (0.6, 0.5)
     now, then = (torch.tensor(time, dtype=torch.float64) for time in (t, s))
     shift = noise.sigma(now) - noise.sigma(then)

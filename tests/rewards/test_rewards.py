@@ -76,9 +76,7 @@ def test_other_shapes_of_functions(trl: Callable[..., Trl]) -> None:
     ],
 )
 @pytest.mark.parametrize("timeout", [None, 5.0])
-def test_a_broken_function_scores_nothing(
-    trl: Callable[..., Trl], name: str, kind: str, timeout: float | None
-) -> None:
+def test_a_broken_function_scores_nothing(trl: Callable[..., Trl], name: str, kind: str, timeout: float | None) -> None:
     assert ask(trl(name, timeout=timeout)) == [kind] * 3
 
 

@@ -29,10 +29,10 @@ from unveil.samplers.rules import (
 )
 from unveil.samplers.schedules import Cosine, Even, Linear, Schedule
 from unveil.samplers.text import response_texts
-from unveil.samplers.trajectory import OPTIONAL, Trajectory
+from unveil.samplers.trajectory import TokenTrajectory
 
 MASK, PAD, END, WORD = 0, 1, 2, 4
-RECORDED = set(OPTIONAL) - MaskedSampler(steps=1).refused_fields().keys()
+RECORDED = set(TokenTrajectory.optional) - MaskedSampler(steps=1).refused_fields().keys()
 """What every rule that never takes back can record."""
 NEVER_TAKES_BACK: list[Rule] = [
     LowConfidence(),
@@ -99,7 +99,7 @@ def words_with(certain: Sequence[Sequence[float]]) -> Tensor:
 
 def sample(
     sampler: MaskedSampler, denoiser: MaskedDenoiser, prompt: list[int], length: int, **more: object
-) -> Trajectory:
+) -> TokenTrajectory:
     return sampler.sample(denoiser, Canvas.of([prompt], length, denoiser.spec), [0], **more)  # type: ignore[arg-type]
 
 
@@ -266,7 +266,7 @@ def test_a_batch_equals_its_rows(
         blocks = -(-length // (block or length))
         return MaskedSampler(steps=local * blocks, block_length=block, rule=rule, temperature=temperature)
 
-    needs = set(OPTIONAL) - sampler(12).refused_fields().keys()
+    needs = set(TokenTrajectory.optional) - sampler(12).refused_fields().keys()
 
     batch = sampler(12).sample(denoiser, Canvas.of(PROMPTS, lengths, denoiser.spec), seeds, needs=needs)
     for row, (prompt, length, seed) in enumerate(zip(PROMPTS, lengths, seeds, strict=True)):
@@ -330,7 +330,7 @@ def test_steps_reveal_what_the_schedule_says(denoiser: TransformerDenoiser, sche
 @pytest.mark.parametrize("rule", RULES, ids=RULE_IDS)
 def test_records_agree_with_one_another(denoiser: TransformerDenoiser, rule: Rule, temperature: float) -> None:
     sampler = MaskedSampler(steps=6, block_length=4, rule=rule, temperature=temperature)
-    needs = set(OPTIONAL) - sampler.refused_fields().keys()
+    needs = set(TokenTrajectory.optional) - sampler.refused_fields().keys()
     canvas = Canvas.of(PROMPTS, [12, 5, 8, 9, 4], denoiser.spec)
     done = sampler.sample(denoiser, canvas, range(5), needs=needs)
     assert done.states is not None and done.guesses is not None and done.log_prob is not None

@@ -15,7 +15,7 @@ from unveil.samplers.actions import Action, Bernoulli, BernoulliArgmax, DynamicP
 from unveil.samplers.canvas import Canvas
 from unveil.samplers.masked import MaskedSampler
 from unveil.samplers.rules import Policy
-from unveil.samplers.trajectory import OPTIONAL, Trajectory
+from unveil.samplers.trajectory import TokenTrajectory
 
 PROMPTS = [[4, 5, 6], [7], [5, 4], [6, 6, 4, 7]]
 ACTIONS = [PlackettLuce(), Bernoulli(temperature=0.5), DynamicPlackettLuce()]
@@ -24,11 +24,11 @@ IDS = [action.name for action in ACTIONS]
 
 def draw(
     net: tiny.TransformerDenoiser, rule: Policy, rows: slice = slice(None), block: int | None = None
-) -> Trajectory:
+) -> TokenTrajectory:
     sampler = MaskedSampler(steps=4, block_length=block, rule=rule, temperature=0.7)
     lengths = [8, 6, 8, 7][rows]
     seeds = [11, 12, 13, 14][rows]
-    needs = set(OPTIONAL) - sampler.refused_fields().keys()
+    needs = set(TokenTrajectory.optional) - sampler.refused_fields().keys()
     return sampler.sample(net, Canvas.of(PROMPTS[rows], lengths, net.spec), seeds, needs=needs)
 
 
@@ -43,7 +43,7 @@ def test_recomputed_log_probs_equal_the_recorded_ones(action: Action, block: int
     likelihood = TrajectoryLikelihood(tokens="revealed", order=action)
     views = likelihood.views(chains, chains.active.float(), [0] * 4, net.spec)
     with torch.no_grad():
-        scores = likelihood.score(net, views, 0.7)
+        scores = likelihood.score(net, views, MaskedSampler(steps=1, temperature=0.7))
     order = chains.order_log_prob[views.rows, views.steps]
     assert order.abs().max() > 0.1
     torch.testing.assert_close(scores.log_prob[:, -1], order, atol=1e-4, rtol=0)
@@ -63,7 +63,10 @@ def test_a_batch_equals_its_rows(action: Action) -> None:
         assert int(batch.active[row].sum()) == steps
         assert torch.equal(batch.order[row, :steps, :length], alone.order[0])  # type: ignore[index]
         torch.testing.assert_close(
-            batch.order_log_prob[row, :steps], alone.order_log_prob[0], atol=1e-4, rtol=0  # type: ignore[index]
+            batch.order_log_prob[row, :steps],
+            alone.order_log_prob[0],
+            atol=1e-4,
+            rtol=0,  # type: ignore[index]
         )
 
 
@@ -93,7 +96,9 @@ def test_expert_chains_are_scored_by_the_mixture() -> None:
     share = torch.tensor([0.0, 0.2, 0.2, 0.0])
     likelihood = TrajectoryLikelihood(tokens="none", order=Bernoulli())
     plain, mixed = (
-        likelihood.score(net, likelihood.views(part, part.active.float(), [0] * 4, net.spec), 1.0).log_prob[:, -1]
+        likelihood.score(
+            net, likelihood.views(part, part.active.float(), [0] * 4, net.spec), MaskedSampler(steps=1, temperature=1.0)
+        ).log_prob[:, -1]
         for part in (chains, replace(chains, expert_share=share))
     )
     rows = chains.active.nonzero()[:, 0]
@@ -108,7 +113,7 @@ def test_a_policy_that_reads_no_features_costs_no_forward_pass() -> None:
     net.features = None  # type: ignore[method-assign,assignment]
     likelihood = TrajectoryLikelihood(tokens="none", order=Bernoulli())
     views = likelihood.views(chains, chains.active.float(), [0] * 4, net.spec)
-    assert likelihood.score(net, views, 0.0).forwards == 0
+    assert likelihood.score(net, views, MaskedSampler(steps=1, temperature=0.0)).forwards == 0
 
 
 def test_a_saved_policy_works_on_another_model(tmp_path: Path) -> None:

@@ -12,14 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unveil.registry import UserError
-from unveil.samplers.trajectory import OPTIONAL, Trajectory, check_needs, concatenate
+from unveil.samplers.trajectory import TokenTrajectory, check_needs, concatenate
 
 M = 0
 
 
-def trajectory() -> Trajectory:
+def trajectory() -> TokenTrajectory:
     """Two chains over three positions; the second response is two tokens long and done after one step."""
-    return Trajectory(
+    return TokenTrajectory(
         prompt_ids=torch.tensor([[7, 8], [1, 9]]),
         response_ids=torch.tensor([[4, 5, 6], [4, 4, 1]]),
         valid=torch.tensor([[True, True, True, True, True], [False, True, True, True, False]]),
@@ -44,8 +44,8 @@ def trajectory() -> Trajectory:
     )
 
 
-def same(one: Trajectory, other: Trajectory) -> None:
-    for field in fields(Trajectory):
+def same(one: TokenTrajectory, other: TokenTrajectory) -> None:
+    for field in fields(TokenTrajectory):
         left, right = getattr(one, field.name), getattr(other, field.name)
         if isinstance(left, Tensor):
             assert right.dtype == left.dtype and torch.equal(left, right), field.name
@@ -77,27 +77,27 @@ def test_padding_is_never_a_hole() -> None:
 def test_a_file_brings_everything_back(tmp_path: Path) -> None:
     full = trajectory()
     full.save(tmp_path / "full.safetensors")
-    same(Trajectory.load(tmp_path / "full.safetensors"), full)
-    small = replace(full, **dict.fromkeys(OPTIONAL))
+    same(TokenTrajectory.load(tmp_path / "full.safetensors"), full)
+    small = replace(full, **dict.fromkeys(TokenTrajectory.optional))
     small.save(tmp_path / "small.safetensors")
-    same(Trajectory.load(str(tmp_path / "small.safetensors")), small)
+    same(TokenTrajectory.load(str(tmp_path / "small.safetensors")), small)
 
 
 def test_what_is_not_a_trajectory_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "chains.safetensors"
     with pytest.raises(UserError, match="not a readable trajectory file"):
-        Trajectory.load(path)
+        TokenTrajectory.load(path)
     trajectory().save(path)
     whole = path.read_bytes()
     path.write_bytes(whole[:-8])
     with pytest.raises(UserError, match="not a readable trajectory file"):
-        Trajectory.load(path)
+        TokenTrajectory.load(path)
     path.write_bytes(b"hello")
     with pytest.raises(UserError, match="not a readable trajectory file"):
-        Trajectory.load(path)
+        TokenTrajectory.load(path)
     save_file({"a": torch.zeros(1)}, path)
     with pytest.raises(UserError, match=r"chains\.safetensors: not a trajectory file"):
-        Trajectory.load(path)
+        TokenTrajectory.load(path)
 
 
 @pytest.mark.parametrize(
@@ -108,32 +108,34 @@ def test_another_version_is_refused(tmp_path: Path, header: str) -> None:
     trajectory().save(path)
     save_file(load_file(path), path, metadata={"unveil.trajectory": header})
     with pytest.raises(UserError, match="not a trajectory file of this version"):
-        Trajectory.load(path)
+        TokenTrajectory.load(path)
 
 
 def test_joined_batches_pad_the_shorter_step_axis_with_the_finished_response() -> None:
     full = trajectory()
     long, short = ({}, {})
-    for field in fields(Trajectory):
+    for field in fields(TokenTrajectory):
         value = getattr(full, field.name)
         if isinstance(value, Tensor):
             long[field.name], short[field.name] = value[:1], value[1:]
-    for name in ("active", *OPTIONAL):
+    for name in ("active", *TokenTrajectory.optional):
         if name != "step_map":
             short[name] = short[name][:, :1]
     padded = ("confidence", "log_prob", "entropy", "order_log_prob", "times", "block")
     zero = {name: getattr(full, name).clone() for name in padded}
     for value in zero.values():
         value[1, 1] = 0
-    joined = concatenate([Trajectory(**long, forwards=2, mask_id=M), Trajectory(**short, forwards=1, mask_id=M)])
+    joined = concatenate(
+        [TokenTrajectory(**long, forwards=2, mask_id=M), TokenTrajectory(**short, forwards=1, mask_id=M)]
+    )
     same(joined, replace(full, **zero))
 
 
 def test_joining_keeps_absent_fields_absent() -> None:
-    small = replace(trajectory(), **dict.fromkeys(OPTIONAL))
+    small = replace(trajectory(), **dict.fromkeys(TokenTrajectory.optional))
     joined = concatenate([small, small])
     assert len(joined) == 4 and joined.forwards == 6
-    assert all(getattr(joined, name) is None for name in OPTIONAL)
+    assert all(getattr(joined, name) is None for name in TokenTrajectory.optional)
 
 
 def test_joining_pads_prompts_and_knows_whose_chain_it_is() -> None:
@@ -153,9 +155,9 @@ def test_rows_of_a_trajectory() -> None:
 
 
 def test_fields_are_checked_by_name() -> None:
-    assert check_needs(["states", "states"], {}) == {"states"}
-    assert check_needs(OPTIONAL, {}) == set(OPTIONAL)
+    assert check_needs(["states", "states"], TokenTrajectory, {}) == {"states"}
+    assert check_needs(TokenTrajectory.optional, TokenTrajectory, {}) == set(TokenTrajectory.optional)
     with pytest.raises(UserError, match="trajectory field 'guess' does not exist, did you mean 'guesses'"):
-        check_needs(["guess"], {})
+        check_needs(["guess"], TokenTrajectory, {})
     with pytest.raises(UserError, match="trajectory field 'step_map' is not exact"):
-        check_needs(["step_map"], {"step_map": "is not exact"})
+        check_needs(["step_map"], TokenTrajectory, {"step_map": "is not exact"})

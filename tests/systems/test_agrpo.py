@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 import tiny
-from unveil.learning.objectives import Clipped, Kl
+from unveil.learning.objectives import Clipped
+from unveil.learning.regularisers import Kl
 from unveil.samplers.masked import MaskedSampler
-from unveil.samplers.trajectory import Trajectory
+from unveil.samplers.trajectory import TokenTrajectory
 from unveil.seeds import generator
 from unveil.systems.agrpo import Agrpo, DrawnSteps
 from unveil.training.policy_config import PolicyConfig
@@ -22,7 +23,9 @@ from unveil.training.trainer import OptimConfig
 END, MASK, TAU = 2, 0, 0.7
 
 
-def chains(order: list[list[int]], tokens: list[list[int]], entropy: list[list[float]] | None = None) -> Trajectory:
+def chains(
+    order: list[list[int]], tokens: list[list[int]], entropy: list[list[float]] | None = None
+) -> TokenTrajectory:
     """Chains of one token a step: ``order[b][s]`` is the position that step s reveals, ``tokens[b]`` the response."""
     response = torch.tensor(tokens)
     batch, length = response.shape
@@ -31,7 +34,7 @@ def chains(order: list[list[int]], tokens: list[list[int]], entropy: list[list[f
         for step, place in enumerate(places):
             revealed[row, step, place] = True
     known = None if entropy is None else torch.tensor(entropy)[:, :, None] * torch.ones(length)
-    return Trajectory(
+    return TokenTrajectory(
         prompt_ids=torch.zeros(batch, 0, dtype=torch.long), response_ids=response,
         valid=torch.ones(batch, length, dtype=torch.bool), active=torch.ones(batch, length, dtype=torch.bool),
         given=torch.zeros(batch, length, dtype=torch.bool), planned=torch.full((batch,), length), forwards=0,

@@ -17,13 +17,14 @@ import tiny
 from unveil.claims.cj_grpo import Shifted
 from unveil.learning.advantages import GroupAdvantage
 from unveil.learning.likelihoods import OneStepLikelihood, TrajectoryLikelihood
-from unveil.learning.objectives import Clipped, Kl, StepMean, TokenMean, TokenSum
+from unveil.learning.objectives import Clipped, StepMean, TokenMean, TokenSum
+from unveil.learning.regularisers import Kl
 from unveil.registry import UserError, lookup
 from unveil.samplers.canvas import Canvas
 from unveil.samplers.masked import MaskedSampler
 from unveil.samplers.rules import Entropy, Factor, LowConfidence, Margin, Random, RunningConfidence, StepView, Threshold
 from unveil.samplers.schedules import Doubling, Even
-from unveil.samplers.trajectory import Trajectory
+from unveil.samplers.trajectory import TokenTrajectory
 from unveil.samplers.transforms import Transform
 from unveil.systems.cj_grpo import CjGrpo, Eoser
 from unveil.training.policy_config import PolicyConfig
@@ -58,7 +59,7 @@ class Spied:
 
         self.job._roll = rollout  # type: ignore[method-assign]
         self.metrics = self.job.update(0, self.optimise)
-        self.trajectory: Trajectory = self.rollouts.trajectory
+        self.trajectory: TokenTrajectory = self.rollouts.trajectory
 
     def weights(self) -> dict[str, Tensor]:
         return {name: value.clone() for name, value in self.job.denoiser.state_dict().items()}
@@ -76,7 +77,7 @@ def said(ids: list[int]) -> list[str]:
     return [tiny.WORDS[token - 4] for token in ids]
 
 
-def revealed_by(trajectory: Trajectory, row: int, drop: bool) -> list[tuple[int, list[int]]]:
+def revealed_by(trajectory: TokenTrajectory, row: int, drop: bool) -> list[tuple[int, list[int]]]:
     """(s, pos_s) of a chain, read from its states alone; steps with empty pos_s left out."""
     assert trajectory.states is not None
     states = [*trajectory.states[row][trajectory.active[row]].tolist(), trajectory.response_ids[row].tolist()]
@@ -110,9 +111,7 @@ def expected(
         for s, positions in chain:
             assert trajectory.states is not None
             canvas = torch.cat([trajectory.prompt_ids[row], trajectory.states[row, s]])[None]
-            logs = [
-                (m(canvas, trajectory.valid[row][None])[0, width:] / TAU).log_softmax(-1) for m in (new, old, ref)
-            ]
+            logs = [(m(canvas, trajectory.valid[row][None])[0, width:] / TAU).log_softmax(-1) for m in (new, old, ref)]
             step = torch.zeros((), dtype=torch.float64)
             for i in positions:
                 token = int(trajectory.response_ids[row, i])
@@ -121,11 +120,14 @@ def expected(
                 stopped += int((rho * a > limited * a).item())
                 d = logs[2][i, token].detach() - logs[0][i, token]
                 step = step - torch.minimum(rho * a, limited * a) + BETA * (d.exp() - d - 1)
-            total = total + {
-                "step_mean": step / len(positions) / len(chain) / len(chains),
-                "token_mean": step / tokens,
-                "token_sum": step / len(chains),
-            }[weighting]
+            total = (
+                total
+                + {
+                    "step_mean": step / len(positions) / len(chain) / len(chains),
+                    "token_mean": step / tokens,
+                    "token_sum": step / len(chains),
+                }[weighting]
+            )
     total.backward()
     return total, tiny.gradients(new), stopped / tokens
 

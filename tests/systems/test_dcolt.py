@@ -23,7 +23,7 @@ from unveil.learning.selectors import NonZero
 from unveil.samplers.actions import PlackettLuce
 from unveil.samplers.masked import MaskedSampler
 from unveil.samplers.rules import Policy
-from unveil.samplers.trajectory import Trajectory
+from unveil.samplers.trajectory import TokenTrajectory
 from unveil.seeds import generator
 from unveil.systems.dcolt import Dcolt, UnmaskingPolicyModule, ValidMean
 from unveil.tasks.base import Problem, Verdict
@@ -163,7 +163,7 @@ class Spy:
 def log_parts(
     net: TransformerDenoiser,
     sampled: TransformerDenoiser,
-    trajectory: Trajectory,
+    trajectory: TokenTrajectory,
     row: int,
     step: int,
     block: list[int],
@@ -236,9 +236,7 @@ def expected(spy: Spy, number: int, size: int, *, clip: float, parts: bool, bloc
 @pytest.mark.parametrize(
     ("parts", "block_length", "microbatch"), [(False, None, 7), (True, None, 1000), (False, 3, 1000)]
 )
-def test_loss_and_gradient_of_an_update(
-    tmp_path: Path, parts: bool, block_length: int | None, microbatch: int
-) -> None:
+def test_loss_and_gradient_of_an_update(tmp_path: Path, parts: bool, block_length: int | None, microbatch: int) -> None:
     chosen = config(
         inner_updates=3,
         objective=Clipped(clip=0.05, level="part" if parts else "step"),
@@ -286,7 +284,7 @@ def test_scored_anew_log_probabilities_equal_the_stored_ones(tmp_path: Path, blo
     seeds = [0] * len(trajectory)
     job.denoiser.load_state_dict({k: v.float() for k, v in spy.before[0].state_dict().items()})
     views = job.policy.likelihood.views(trajectory, trajectory.active.float(), seeds, job.denoiser.spec)
-    scored = job.policy.likelihood.score(job.denoiser, views, 1.0).log_prob
+    scored = job.policy.likelihood.score(job.denoiser, views, MaskedSampler(steps=1, temperature=1.0)).log_prob
     tokens = trajectory.log_prob[views.rows, views.steps] * trajectory.revealed[views.rows, views.steps]
     torch.testing.assert_close(scored[:, :-1], tokens, atol=1e-5, rtol=1e-5)
     order = trajectory.order_log_prob[views.rows, views.steps]

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 import tiny
-from unveil.learning.likelihoods import OneStepLikelihood, Views, up_to_end
-from unveil.learning.objectives import Clipped, Kl
+from unveil.learning.likelihoods import OneStepLikelihood, TokenViews, up_to_end
+from unveil.learning.objectives import Clipped
+from unveil.learning.regularisers import Kl
 from unveil.samplers.masked import MaskedSampler
-from unveil.samplers.trajectory import Trajectory
+from unveil.samplers.trajectory import TokenTrajectory
 from unveil.training.rollouts import Rollouts
 from unveil.training.trainer import OptimConfig
 
@@ -35,7 +36,7 @@ class Spied:
         self.job = tiny.job(folder, config, optim=OptimConfig(lr=5e-3, max_grad_norm=1e9, microbatch=microbatch))
         self.reference = self.weights()
         tiny.shifted(self.job.denoiser)
-        self.views: list[Views] = []
+        self.views: list[TokenViews] = []
         self.before: list[dict[str, Tensor]] = []
         self.gradients: list[dict[str, Tensor]] = []
         self.losses: list[float] = []
@@ -46,7 +47,7 @@ class Spied:
             self.problems, self.trajectory = problems, rollouts.trajectory
             return rollouts
 
-        def views(*arguments: Any) -> Views:
+        def views(*arguments: Any) -> TokenViews:
             self.views.append(make(*arguments))
             return self.views[-1]
 
@@ -96,7 +97,7 @@ class Spied:
         return loss, tiny.gradients(new), stopped / tokens
 
 
-def response(trajectory: Trajectory, row: int) -> list[int]:
+def response(trajectory: TokenTrajectory, row: int) -> list[int]:
     """Tokens up to and including the first end token."""
     ids = trajectory.response_ids[row].tolist()
     return ids[: ids.index(END) + 1] if END in ids else ids
@@ -140,7 +141,7 @@ def test_views_mask_the_response_and_a_part_of_the_prompt(tmp_path: Path) -> Non
 def test_prompt_masks_hit_the_asked_share_and_ignore_padding() -> None:
     count, words = 2000, 10
     prompt_ids = torch.full((count, words + 2), 5)
-    trajectory = Trajectory(
+    trajectory = TokenTrajectory(
         prompt_ids=prompt_ids,
         response_ids=torch.full((count, 3), 4),
         valid=torch.ones(count, words + 5, dtype=torch.bool),
@@ -156,7 +157,7 @@ def test_prompt_masks_hit_the_asked_share_and_ignore_padding() -> None:
     padded = likelihood.views(trajectory, trajectory.active, range(count), spec).ids
     share = (padded[:, 2 : words + 2] == MASK).float().mean().item()
     assert share == pytest.approx(0.15, abs=5 * (0.15 * 0.85 / count / words) ** 0.5)
-    alone = Trajectory(**{**vars(trajectory), "prompt_ids": prompt_ids[:, 2:], "valid": trajectory.valid[:, 2:]})
+    alone = TokenTrajectory(**{**vars(trajectory), "prompt_ids": prompt_ids[:, 2:], "valid": trajectory.valid[:, 2:]})
     unpadded = likelihood.views(alone, alone.active, range(count), spec).ids
     assert torch.equal(padded[:, 2:], unpadded)
     none = OneStepLikelihood(prompt_mask=0.0).views(trajectory, trajectory.active, range(count), spec).ids

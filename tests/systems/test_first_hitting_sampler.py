@@ -21,7 +21,7 @@ from unveil.samplers.canvas import Canvas
 from unveil.samplers.masked import MaskedSampler
 from unveil.samplers.rules import LowConfidence, RunningConfidence, Threshold
 from unveil.samplers.solvers import Solver, SolverView
-from unveil.samplers.trajectory import Trajectory
+from unveil.samplers.trajectory import TokenTrajectory
 from unveil.seeds import generator
 from unveil.systems.first_hitting_sampler import Extrapolation, FirstHitting, PredictorCorrector
 from unveil.tasks.evaluate import generative_perplexity, unigram_entropy
@@ -34,13 +34,13 @@ IDS = ["extrapolation", "extrapolation-log", "corrector", "corrector-fresh"]
 
 def draw(
     oracle: Oracle, count: int, steps: int, *, seed: int = 0, needs: Sequence[str] = (), **own: object
-) -> Trajectory:
+) -> TokenTrajectory:
     sampler = MaskedSampler(steps=steps, **(vars(FirstHitting()) | own))  # type: ignore[arg-type]
     canvas = Canvas.of([[]] * count, oracle.length, oracle.spec)
     return sampler.sample(oracle, canvas, range(seed * count, (seed + 1) * count), needs=needs)
 
 
-def table_p_value(oracle: JointTable, trajectory: Trajectory) -> float:
+def table_p_value(oracle: JointTable, trajectory: TokenTrajectory) -> float:
     counts = torch.bincount(oracle.index(trajectory.response_ids - FIRST, oracle.words), minlength=len(oracle.table))
     return chi_square(counts, oracle.table)
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 import tiny
 from unveil.learning.estimators import Coupled, SemiDeterministic, quadrature
-from unveil.learning.likelihoods import Views
-from unveil.learning.objectives import Clipped, Kl
+from unveil.learning.likelihoods import TokenViews
+from unveil.learning.objectives import Clipped
+from unveil.learning.regularisers import Kl
 from unveil.samplers.masked import MaskedSampler
 from unveil.systems.coupled_grpo import CoupledGrpo
 from unveil.systems.gdpo import Gdpo
@@ -31,7 +32,7 @@ class Spied:
         self.job = tiny.job(folder, config, optim=OptimConfig(lr=5e-3, max_grad_norm=1e9, microbatch=microbatch))
         self.reference = self.weights()
         tiny.shifted(self.job.denoiser)
-        self.views: list[Views] = []
+        self.views: list[TokenViews] = []
         self.before: list[dict[str, Tensor]] = []
         self.gradients: list[dict[str, Tensor]] = []
         self.metrics: list[dict[str, float]] = []
@@ -42,7 +43,7 @@ class Spied:
             self.problems, self.trajectory = problems, rollouts.trajectory
             return rollouts
 
-        def views(*arguments: Any) -> Views:
+        def views(*arguments: Any) -> TokenViews:
             self.views.append(make(*arguments))
             return self.views[-1]
 
@@ -200,6 +201,6 @@ def test_estimators_of_one_chain_are_never_split(tmp_path: Path) -> None:
     """A micro-batch smaller than a chain's views holds them all the same."""
     spied = Spied(tmp_path, vars(Gdpo()), 2)
     for views in spied.views:
-        parts = spied.job._parts(views)
+        parts = spied.job.steps.parts(views)
         assert [end - start for start, end in parts] == [3] * 16
     assert isinstance(CoupledGrpo().likelihood, Coupled)

@@ -13,11 +13,13 @@ from torch import Tensor
 
 import tiny
 from unveil.learning.estimators import PartialMask
-from unveil.learning.likelihoods import OneStepLikelihood, TokenFilter, TrajectoryLikelihood, Views
-from unveil.learning.objectives import Clipped, Kl, TokenMean
+from unveil.learning.likelihoods import OneStepLikelihood, TokenViews, TrajectoryLikelihood
+from unveil.learning.objectives import Clipped, TokenMean
+from unveil.learning.regularisers import Kl
+from unveil.learning.views import TokenFilter
 from unveil.registry import UserError
 from unveil.samplers.masked import MaskedSampler
-from unveil.samplers.trajectory import Trajectory
+from unveil.samplers.trajectory import TokenTrajectory
 from unveil.seeds import generator
 from unveil.systems.igpo import HintEntropy, Igpo, Inpaint, cut, reveal, spread
 from unveil.systems.mdpo import Mdpo
@@ -248,12 +250,12 @@ def test_filter_by_hand() -> None:
     given = torch.tensor([[True, True, True, True, True, False], [False, True, True, False, True, True], [False] * 6])
     entropy = torch.tensor([[0.1, 0.5, 0.3, 0.5, 0.2, 9.0], [9.0, 0.2, 0.4, 9.0, 8.0, 8.0], [0.0] * 6])
     chain = torch.arange(3)
-    views = Views(
+    views = TokenViews(
         ids=torch.zeros(3, 6, dtype=torch.long), valid=torch.ones(3, 6, dtype=torch.bool), prompt_width=0,
         scored=scored, targets=torch.zeros(3, 6, dtype=torch.long), rows=chain, steps=chain * 0,
         holes=scored.sum(1), length=scored.sum(1),
     )  # fmt: skip
-    trajectory = Trajectory(
+    trajectory = TokenTrajectory(
         prompt_ids=torch.zeros(3, 0, dtype=torch.long), response_ids=torch.zeros(3, 6, dtype=torch.long),
         valid=torch.ones(3, 6, dtype=torch.bool), active=torch.ones(3, 1, dtype=torch.bool), forwards=0, mask_id=0,
         given=given, planned=torch.ones(3, dtype=torch.long),

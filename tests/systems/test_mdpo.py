@@ -13,11 +13,12 @@ from torch import Tensor
 
 import tiny
 from unveil.learning.likelihoods import TrajectoryLikelihood
-from unveil.learning.objectives import Clipped, Kl
+from unveil.learning.objectives import Clipped
+from unveil.learning.regularisers import Kl
 from unveil.learning.selectors import AllSteps, TopAdvantage
 from unveil.samplers.masked import MaskedSampler
 from unveil.samplers.rules import RunningConfidence
-from unveil.samplers.trajectory import Trajectory
+from unveil.samplers.trajectory import TokenTrajectory
 from unveil.seeds import generator
 from unveil.systems.mdpo import OverDenoising, StepImprovement, StepWeighting
 from unveil.tasks.base import Problem, Task, Verdict
@@ -102,7 +103,7 @@ class Spy:
     """Keeps what an update worked with: trajectories, problems, and around every gradient step the networks."""
 
     def __init__(self, job: Any) -> None:
-        self.trajectories: list[Trajectory] = []
+        self.trajectories: list[TokenTrajectory] = []
         self.problems: list[list[Problem]] = []
         self.before: list[dict[str, Tensor]] = []
         self.gradients: list[dict[str, Tensor]] = []
@@ -274,7 +275,7 @@ def test_filter_by_hand() -> None:
         return Verdict(correct=correct, score=float(correct))
 
     correct = torch.tensor([[1, 0, 0], [0, 0, 0], [1, 1, 1], [0, 1, 0], [0, 0, 1]], dtype=torch.bool)
-    judged = Judged(texts=[""] * 5, verdicts=[verdict(bool(row[-1])) for row in correct], guess_correct=correct)
+    judged = Judged(samples=[""] * 5, verdicts=[verdict(bool(row[-1])) for row in correct], guess_correct=correct)
     keep = OverDenoising(decoder=MaskedSampler(steps=3)).keep(judged)
     assert keep.tolist() == [True, False, False, True, False]
 

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 import tiny
 from unveil.cli.main import main
 from unveil.denoisers.unmask import UnmaskInputs
-from unveil.learning.likelihoods import TrajectoryLikelihood, Views
+from unveil.learning.likelihoods import TokenViews, TrajectoryLikelihood
 from unveil.registry import UserError
 from unveil.samplers.actions import Action, Bernoulli, DynamicPlackettLuce, PlackettLuce
 from unveil.samplers.canvas import Canvas
 from unveil.samplers.masked import MaskedSampler
 from unveil.samplers.rules import LowConfidence, Policy
-from unveil.samplers.trajectory import Trajectory
+from unveil.samplers.trajectory import TokenTrajectory
 from unveil.seeds import generator
 from unveil.systems.unmasking_policies import ConfidencePolicy, Experts, Speed, UnmaskingPolicies
 from unveil.tasks.base import Problem
@@ -174,11 +174,11 @@ def test_shapes_that_do_not_divide_are_refused() -> None:
         ConfidencePolicy(dim=6, heads=2)
 
 
-def chains(steps: list[int], lengths: list[int]) -> Trajectory:
+def chains(steps: list[int], lengths: list[int]) -> TokenTrajectory:
     """Chains of ``steps`` steps on responses of ``lengths`` tokens."""
     width, most = max(lengths), max(steps)
     valid = torch.cat([torch.ones(len(steps), 2), torch.arange(width) < torch.tensor(lengths)[:, None]], 1).bool()
-    return Trajectory(
+    return TokenTrajectory(
         prompt_ids=torch.zeros(len(steps), 2, dtype=torch.long),
         response_ids=torch.ones(len(steps), width, dtype=torch.long),
         valid=valid,
@@ -240,7 +240,7 @@ class Spy:
         likelihood, choose, look = job.policy.likelihood, job._problems, job.denoiser.features
         make = likelihood.views
 
-        def views(trajectory: Trajectory, *rest: Any) -> Views:
+        def views(trajectory: TokenTrajectory, *rest: Any) -> TokenViews:
             self.trajectory, self.rolled = trajectory, self.forwards
             return make(trajectory, *rest)
 
@@ -389,7 +389,7 @@ def test_old_log_probabilities_are_those_of_the_rollout(tmp_path: Path) -> None:
     likelihood = job.policy.likelihood
     views = likelihood.views(trajectory, trajectory.active.float(), [0] * 12, job.denoiser.spec)
     with torch.no_grad():
-        scores = likelihood.score(job.denoiser, views, 0.0)
+        scores = likelihood.score(job.denoiser, views, MaskedSampler(steps=1, temperature=0.0))
     assert scores.forwards == 0
     stored = trajectory.order_log_prob[views.rows, views.steps]  # type: ignore[index]
     torch.testing.assert_close(scores.log_prob[:, -1], stored, rtol=1e-5, atol=1e-5)
@@ -410,7 +410,9 @@ def test_experts_may_open_what_no_policy_would_and_ratios_stay_bounded(tmp_path:
     for change in (0.0, 50.0, 120.0):
         with torch.no_grad():
             job.denoiser.unmask.leave.bias.fill_(-60.0 + change)  # type: ignore[union-attr]
-            log_prob = job.policy.likelihood.score(job.denoiser, views, 0.0).log_prob[views.rows >= 16, -1]
+            log_prob = job.policy.likelihood.score(
+                job.denoiser, views, MaskedSampler(steps=1, temperature=0.0)
+            ).log_prob[views.rows >= 16, -1]
         assert ((log_prob > math.log(0.2) - 1e-6) & (log_prob < 1e-6)).all()
 
 

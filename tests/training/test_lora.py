@@ -12,7 +12,7 @@ from torch import Tensor
 
 import tiny
 from unveil.denoisers.load import load_denoiser
-from unveil.learning.objectives import Kl
+from unveil.learning.regularisers import Kl
 from unveil.registry import UserError
 from unveil.training.lora import Adapter, LoraSettings
 from unveil.training.runs import BaseModel, train

@@ -12,7 +12,8 @@ from torch import Tensor
 
 import tiny
 from unveil.learning.likelihoods import TrajectoryLikelihood
-from unveil.learning.objectives import Clipped, Kl, Objective
+from unveil.learning.objectives import Clipped, Objective
+from unveil.learning.regularisers import Kl
 from unveil.learning.selectors import AllSteps
 from unveil.registry import UserError
 from unveil.samplers.masked import MaskedSampler
@@ -81,7 +82,7 @@ def test_stored_log_probs_match_what_the_sampler_recorded(tmp_path: Path) -> Non
     )
     views = config.likelihood.views(trajectory, trajectory.active, [0] * 4, job.denoiser.spec)
     with torch.no_grad():
-        scored = job._score(views).log_prob[views.items]
+        scored = job.steps.score(views).log_prob[views.items]
     recorded = trajectory.log_prob[views.rows, views.steps][views.scored]  # type: ignore[index]
     assert (scored - recorded).abs().max().item() <= 1e-5
 

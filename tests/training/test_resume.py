@@ -14,7 +14,7 @@ import torch
 import tiny
 from unveil.denoisers.load import load_denoiser
 from unveil.denoisers.transformer import TransformerConfig
-from unveil.learning.objectives import Kl
+from unveil.learning.regularisers import Kl
 from unveil.registry import UserError
 from unveil.samplers.masked import MaskedSampler
 from unveil.systems.mdpo import OverDenoising

@@ -16,6 +16,7 @@ from unveil.learning.advantages import GroupAdvantage
 from unveil.recipe import build, load, to_yaml
 from unveil.rewards.base import Correct, Metadata, Part, Reward, Shaped, Sum
 from unveil.rewards.trl import Trl
+from unveil.tasks.medium import Text
 from unveil.training.policy_job import PolicyJob, _advantages
 from unveil.training.rewarding import RewardsLost, reward_chains
 from unveil.training.rollouts import Rollouts
@@ -77,7 +78,7 @@ def test_every_problem_and_text_is_asked_about_once(tmp_path: Path) -> None:
     rollouts = rolled(tiny.job(tmp_path, tiny.policy("mdpo", reward=reward)))
     active = int(rollouts.trajectory.active.sum())
     assert len(reward.seen) == len(set(reward.seen)) < active == 16 * 5
-    texts = rollouts.judged.guess_texts
+    texts = rollouts.judged.guess_samples
     assert texts is not None
     for row, step in rollouts.trajectory.active.nonzero().tolist():
         assert rollouts.rewards[row, step] == len(texts[row][step].split())
@@ -167,4 +168,4 @@ def test_group_advantages_of_one_known_chain_are_zero(tmp_path: Path) -> None:
     rollouts.known[:] = False
     rollouts.known[5] = True
     assert not _advantages(GroupAdvantage(), rollouts).any()
-    assert reward_chains(Correct(), rollouts.problems, rollouts.judged, rollouts.trajectory).known.all()
+    assert reward_chains(Correct(), rollouts.problems, rollouts.judged, rollouts.trajectory, Text()).known.all()

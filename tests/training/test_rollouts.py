@@ -13,11 +13,13 @@ from torch import Tensor
 
 import tiny
 from unveil.denoisers.base import MaskedDenoiser
-from unveil.learning.likelihoods import OneStepLikelihood, TokenFilter, TrajectoryLikelihood, Views
-from unveil.learning.objectives import Clipped, Kl
+from unveil.learning.likelihoods import OneStepLikelihood, TokenViews, TrajectoryLikelihood
+from unveil.learning.objectives import Clipped
+from unveil.learning.regularisers import Kl
+from unveil.learning.views import TokenFilter
 from unveil.samplers.masked import MaskedSampler
 from unveil.samplers.rules import Threshold
-from unveil.samplers.trajectory import Trajectory
+from unveil.samplers.trajectory import TokenTrajectory
 from unveil.tasks.base import Problem
 from unveil.training.policy_job import PolicyJob
 from unveil.training.rollouts import GroupHook, Roll, Rollouts, Shaping
@@ -41,7 +43,7 @@ def test_joined_and_cut_rollouts_are_the_same_chains(tmp_path: Path) -> None:
     joined = first.extend(more)
     assert len(joined) == 19 and joined.rewards.shape == joined.trajectory.active.shape
     back = joined.rows(torch.arange(16))
-    assert back.judged.texts == first.judged.texts and back.seeds == first.seeds
+    assert back.judged.samples == first.judged.samples and back.seeds == first.seeds
     steps = first.trajectory.steps
     assert torch.equal(back.rewards[:, :steps], first.rewards)
     assert torch.equal(back.trajectory.response_ids, first.trajectory.response_ids)
@@ -52,12 +54,12 @@ def test_replaced_chains_keep_their_group_and_bring_everything_else(tmp_path: Pa
     base = job(tmp_path)
     first = sampled(base)
     more = base._roll(0, first.problems, first.group, label="again")
-    assert more.judged.texts != first.judged.texts and more.seeds != first.seeds
+    assert more.judged.samples != first.judged.samples and more.seeds != first.seeds
     changed = first.replace(torch.tensor([1, 6]), more, torch.tensor([2, 7]))
     assert torch.equal(changed.group, first.group)
     for row in range(16):
         source, place = {1: (more, 2), 6: (more, 7)}.get(row, (first, row))
-        assert changed.judged.texts[row] == source.judged.texts[place]
+        assert changed.judged.samples[row] == source.judged.samples[place]
         assert changed.seeds[row] == source.seeds[place]
         assert torch.equal(changed.trajectory.response_ids[row], source.trajectory.response_ids[place])
         assert torch.equal(changed.rewards[row], source.rewards[place])
@@ -76,16 +78,16 @@ class Expert(GroupHook, name="test_expert"):
 
 @dataclass(kw_only=True)
 class Haste(Shaping, name="test_haste"):
-    def shape(self, rewards: Tensor, trajectory: Trajectory) -> Tensor:
+    def shape(self, rewards: Tensor, trajectory: TokenTrajectory) -> Tensor:
         return rewards / trajectory.active.sum(1, keepdim=True)
 
 
 def test_a_hook_s_chains_are_counted_trained_on_and_join_their_group(tmp_path: Path) -> None:
     base = job(tmp_path, "diffu_grpo", groups=Expert(), shaping=Haste(), inner_updates=1, kl=Kl(beta=0))
-    seen: list[Views] = []
+    seen: list[TokenViews] = []
     make = base.policy.likelihood.views
 
-    def views(*arguments: Any) -> Views:
+    def views(*arguments: Any) -> TokenViews:
         seen.append(make(*arguments))
         return seen[-1]
 
@@ -99,7 +101,7 @@ def test_a_hook_s_chains_are_counted_trained_on_and_join_their_group(tmp_path: P
 class MostUncertain(TokenFilter, name="test_uncertain"):
     keeps_ratio: bool = False
 
-    def keep(self, views: Views, entropy: Tensor, trajectory: Trajectory) -> Tensor:
+    def keep(self, views: TokenViews, entropy: Tensor, trajectory: TokenTrajectory) -> Tensor:
         return entropy >= entropy.amax(1, keepdim=True)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import tiny
-from unveil.learning.objectives import Kl
+from unveil.learning.regularisers import Kl
 from unveil.training.checkpoints import list_checkpoints
 from unveil.training.distribution import Ranks
 from unveil.training.log import LogConfig, RunLog

@@ -43,10 +43,11 @@ from unveil.claims.laboratory import (
 )
 from unveil.claims.slots import SlotDenoiser, train_sums
 from unveil.denoisers.base import MaskedDenoiser
-from unveil.denoisers.load import load_denoiser
+from unveil.denoisers.load import load_masked
 from unveil.learning.advantages import GroupAdvantage
 from unveil.learning.likelihoods import OneStepLikelihood
-from unveil.learning.objectives import Kl, TokenMean, TokenSum
+from unveil.learning.objectives import TokenMean, TokenSum
+from unveil.learning.regularisers import Kl
 from unveil.samplers.masked import MaskedSampler
 from unveil.samplers.schedules import Doubling
 from unveil.seeds import generator
@@ -245,7 +246,7 @@ def _shifted(out: Path, seed: int) -> Measured:
 def _embedded(name: str) -> Measured:
     """Both schedules on a model that ships with the package."""
     task, length = (Sudoku(blanks=8), 17) if name == "sudoku-base" else (Countdown(numbers=3, max_number=20), 12)
-    result = _schedules(load_denoiser(name), task, task.problems("test", ASKED, 0), length)
+    result = _schedules(load_masked(name), task, task.problems("test", ASKED, 0), length)
     return result | {"name": name, "line": f"uniform {result['uniform']:.3f}, ASS {result['ass']:.3f}"}
 
 

@@ -201,7 +201,7 @@ def _replay(denoiser: GridDenoiser, policy: PolicyConfig, seed: int) -> float:
     )
     views = policy.likelihood.views(trajectory, trajectory.active.float(), [0] * len(problems), denoiser.spec)
     with torch.no_grad():
-        scored = policy.likelihood.score(denoiser, views, policy.rollout.sampler.temperature).log_prob
+        scored = policy.likelihood.score(denoiser, views, policy.rollout.sampler).log_prob
     assert trajectory.log_prob is not None and trajectory.order_log_prob is not None
     tokens = trajectory.log_prob[views.rows, views.steps] * views.scored
     stored = torch.cat([tokens, trajectory.order_log_prob[views.rows, views.steps][:, None]], 1)

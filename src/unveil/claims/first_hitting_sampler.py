@@ -48,7 +48,7 @@ from unveil.samplers.canvas import Canvas
 from unveil.samplers.masked import MaskedSampler
 from unveil.samplers.reverse import ReverseSampler
 from unveil.samplers.solvers import Solver
-from unveil.samplers.trajectory import Trajectory
+from unveil.samplers.trajectory import TokenTrajectory
 from unveil.seeds import derive_seed, generator
 from unveil.systems.first_hitting_sampler import Extrapolation, FirstHitting, PredictorCorrector
 from unveil.tasks.evaluate import generative_perplexity, unigram_entropy
@@ -97,7 +97,9 @@ def reproduce(seeds: int, quick: bool, out: Path, report: Callable[[str], None])
     }
 
 
-def _draw(oracle: MaskedDenoiser, length: int, sampler: Sampler, count: int, *parts: object, **own: Any) -> Trajectory:
+def _draw(
+    oracle: MaskedDenoiser, length: int, sampler: Sampler, count: int, *parts: object, **own: Any
+) -> TokenTrajectory:
     canvas = Canvas.of([[]] * count, length, oracle.spec)
     first = derive_seed(*parts) >> 8
     return sampler.sample(oracle, canvas, range(first, first + count), **own)
@@ -113,7 +115,7 @@ def _first_hitting(steps: int, **own: Any) -> MaskedSampler:
 def _exactness(seed: int, many: int, few: int) -> Measured:
     oracle = JointTable(4, 4, generator(seed, "table"))
 
-    def compare(sampler: Sampler, count: int, batch: int, **own: Any) -> tuple[float, float, Trajectory]:
+    def compare(sampler: Sampler, count: int, batch: int, **own: Any) -> tuple[float, float, TokenTrajectory]:
         """p-value, total variation, what was drawn."""
         drawn = _draw(oracle, 4, sampler, count, seed, "exact", sampler.name, sampler.steps, batch_size=batch, **own)
         counts = torch.bincount(oracle.index(drawn.response_ids - FIRST, 4), minlength=len(oracle.table))

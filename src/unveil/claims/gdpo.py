@@ -46,16 +46,17 @@ from unveil.claims.laboratory import (
     verdict,
 )
 from unveil.claims.slots import SlotDenoiser, train_sums
-from unveil.denoisers.load import load_denoiser
+from unveil.denoisers.load import load_masked
 from unveil.denoisers.tokenizer import TextTokenizer
 from unveil.denoisers.transformer import TransformerConfig, TransformerDenoiser
 from unveil.learning.denoising import corrupt, elbo_loss
 from unveil.learning.estimators import Coupled, DoubleMonteCarlo, SemiDeterministic
-from unveil.learning.likelihoods import Inner, Likelihood, OneStepLikelihood
-from unveil.learning.objectives import Kl
+from unveil.learning.likelihoods import OneStepLikelihood
+from unveil.learning.regularisers import Kl
+from unveil.learning.views import Inner, Likelihood
 from unveil.processes.masked import MaskedProcess
 from unveil.samplers.masked import MaskedSampler
-from unveil.samplers.trajectory import Trajectory
+from unveil.samplers.trajectory import TokenTrajectory
 from unveil.seeds import derive_seed, generator
 from unveil.systems.coupled_grpo import CoupledGrpo
 from unveil.systems.gdpo import Gdpo
@@ -184,13 +185,13 @@ def _network(out: Path, name: str) -> Measured:
     return train_to(denoiser, data, out / "chain", seed=0, goal=0.9, score=quality, lr=4e-3, every=50, limit=1500)
 
 
-def _answers(denoiser: TransformerDenoiser, length: int, count: int, seed: int) -> Trajectory:
+def _answers(denoiser: TransformerDenoiser, length: int, count: int, seed: int) -> TokenTrajectory:
     """Answers of the chain as if a sampler had drawn them in one step."""
     problems = MarkovChain(length=length).problems("test", count, seed)
     words = [f"{problem.prompt} {problem.solution}".split() for problem in problems]
     ids = torch.tensor([[denoiser.tokenizer.id(word) for word in row] for row in words])
     one = torch.ones(count, dtype=torch.long)
-    return Trajectory(
+    return TokenTrajectory(
         prompt_ids=ids[:, :1], response_ids=ids[:, 1:], valid=torch.ones_like(ids, dtype=torch.bool),
         active=one[:, None].bool(), planned=one, given=torch.zeros_like(ids[:, 1:], dtype=torch.bool),
         forwards=0, mask_id=denoiser.spec.mask_id,
@@ -200,16 +201,17 @@ def _answers(denoiser: TransformerDenoiser, length: int, count: int, seed: int) 
 @torch.no_grad()
 def _estimates(out: Path, length: int, part: int, draws: int) -> Measured:
     """Share of time in the variance, and errors of all estimators, for 25 answers of ``length`` tokens."""
-    denoiser = load_denoiser(out / "chain").eval()
+    denoiser = load_masked(out / "chain").eval()
     assert isinstance(denoiser, TransformerDenoiser)
     answers = _answers(denoiser, length, PART, 1 + part)
 
-    def scored(likelihood: Likelihood, chains: Trajectory, label: str) -> tuple[Tensor, Tensor, Tensor]:
+    def scored(likelihood: Likelihood, chains: TokenTrajectory, label: str) -> tuple[Tensor, Tensor, Tensor]:
         """Per view: chain, masks, coefficient times log-probability, summed over the masks."""
         seeds = [derive_seed("estimate", label, part, row) for row in range(len(chains))]
         views = likelihood.views(chains, chains.active.float(), seeds, denoiser.spec, Inner(0, 1))
         parts = [views.slice(start, start + 512) for start in range(0, len(views), 512)]
-        sums = [(likelihood.score(denoiser, p, 1.0).log_prob * p.factors).double().sum(1) for p in parts]
+        drawn = MaskedSampler(steps=1, temperature=1.0)
+        sums = [(likelihood.score(denoiser, p, drawn).log_prob * p.factors).double().sum(1) for p in parts]
         return views.rows, views.holes, torch.cat(sums)
 
     truth, time_variance, variance = [], 0.0, 0.0

@@ -54,7 +54,8 @@ from unveil.claims.laboratory import (
 )
 from unveil.claims.slots import SlotDenoiser
 from unveil.learning.estimators import PartialMask
-from unveil.learning.objectives import Kl, TokenMean
+from unveil.learning.objectives import TokenMean
+from unveil.learning.regularisers import Kl
 from unveil.samplers.masked import MaskedSampler
 from unveil.seeds import generator
 from unveil.systems.igpo import HintEntropy, Igpo, Inpaint

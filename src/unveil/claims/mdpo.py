@@ -34,7 +34,7 @@ from unveil.claims.laboratory import (
     verdict,
 )
 from unveil.claims.slots import SlotDenoiser, train_sums
-from unveil.learning.objectives import Kl
+from unveil.learning.regularisers import Kl
 from unveil.learning.selectors import AllSteps, TopAdvantage
 from unveil.samplers.masked import MaskedSampler
 from unveil.samplers.rules import LowConfidence, RunningConfidence

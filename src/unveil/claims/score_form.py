@@ -39,7 +39,7 @@ from unveil.claims.laboratory import (
     two_processes,
 )
 from unveil.denoisers.score import Scored
-from unveil.learning.transition import TransitionLikelihood
+from unveil.learning.reverse import ReverseLikelihood
 from unveil.processes.score_entropy import LogLinear
 from unveil.samplers.reverse import ReverseSampler
 from unveil.seeds import derive_seed, generator
@@ -154,7 +154,7 @@ def _train(out: Path, seed: int, method: str, lr: float, updates: int) -> Measur
 
 def _policy() -> PolicyConfig:
     rollout = RolloutConfig(sampler=_sampler(1.0), response_length=BLANKS, prompts=8, group_size=16)
-    choices = vars(Dcolt()) | {"likelihood": TransitionLikelihood(method="euler")}
+    choices = vars(Dcolt()) | {"likelihood": ReverseLikelihood(method="euler")}
     return PolicyConfig(task=Blanks(blanks=BLANKS), rollout=rollout, **choices)
 
 
@@ -165,7 +165,7 @@ def _replay(denoiser: ScoreGridDenoiser, policy: PolicyConfig, seed: int) -> flo
     trajectory = sample_problems(denoiser, problems, _sampler(1.0), response_length=BLANKS, seed=seed, needs=needs)
     views = policy.likelihood.views(trajectory, trajectory.active.float(), [0] * len(problems), denoiser.spec)
     with torch.no_grad():
-        scored = policy.likelihood.score(denoiser, views, 1.0).log_prob
+        scored = policy.likelihood.score(denoiser, views, _sampler(1.0)).log_prob
     assert trajectory.log_prob is not None
     return (scored - trajectory.log_prob[views.rows, views.steps]).abs().max().item()
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from unveil.denoisers.base import MaskedDenoiser
     from unveil.samplers.base import Sampler
     from unveil.samplers.decoding import DecodeRecipe
-    from unveil.samplers.trajectory import Trajectory
+    from unveil.samplers.trajectory import TokenTrajectory
 
 SUMMARY = "complete prompts with a model; show or save the denoising trajectory"
 _MASK = "<mask>"
@@ -275,16 +275,18 @@ def _sampler(args: argparse.Namespace, recipe: DecodeRecipe | None, length: int)
     return sampler(settings, length, OPTIONS)
 
 
-def _show(args: argparse.Namespace, denoiser: MaskedDenoiser, trajectory: Trajectory, row: int, prompt: str) -> None:
+def _show(
+    args: argparse.Namespace, denoiser: MaskedDenoiser, trajectory: TokenTrajectory, row: int, prompt: str
+) -> None:
     """Print the canvas after every step of one chain."""
-    from unveil.training.records import chain_steps
+    from unveil.tasks.medium import medium_of
 
     out = console(args)
     out.print(f"prompt: {prompt}")
     width = int(trajectory.response_valid[row].sum())
     first = trajectory.states[row, 0, :width].tolist() if trajectory.states is not None and trajectory.steps else []
     before = denoiser.tokenizer.tokens(first)
-    for number, step in enumerate(chain_steps(denoiser, trajectory, row), start=1):
+    for number, step in enumerate(medium_of(denoiser).steps(denoiser, trajectory, row), start=1):
         out.print(_step_line(number, step, before, styled=out.is_terminal))
         before = [old if token is None else token for token, old in zip(step["tokens"], before, strict=True)]
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,10 +16,11 @@ from unveil.registry import UserError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from unveil.cli.completion_file import CompletionFile
+    from unveil.cli.eval_grid import Cell
     from unveil.denoisers.base import MaskedDenoiser
-    from unveil.samplers.base import Sampler
     from unveil.tasks.base import Problem, Task
-    from unveil.tasks.evaluate import Evaluation
+    from unveil.tasks.completions import Batch, Completion
 
 T = TypeVar("T")
 
@@ -54,9 +52,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--transform", metavar="NAME[:field=value,...]", help="of scores before the rule: eoser")
     parser.add_argument("--temperature", type=_list_of(float), default=[0.0], metavar="T,...", help="default: 0")
     parser.add_argument("--problems", type=int, default=512, metavar="N", help="how many (default: 512)")
+    parser.add_argument("--samples", type=int, default=1, metavar="N", help="completions per problem (default: 1)")
+    parser.add_argument(
+        "--k", type=_list_of(int), default=[1], metavar="K,...", help="pass@k, at most --samples (default: 1)"
+    )
     parser.add_argument("--split", choices=("test", "train"), default="test", help="which problems (default: test)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of problems and sampling (default: 0)")
+    parser.add_argument("--batch", type=int, default=128, metavar="N", help="chains at a time (default: 128)")
+    parser.add_argument(
+        "--resamples", type=int, default=10_000, metavar="N", help="of the bootstrap over problems (default: 10000)"
+    )
     parser.add_argument("--out", metavar="FILE", help="write every completion to this new file (.jsonl)")
+    parser.add_argument("--resume", action="store_true", help="go on with --out where a run with these options stopped")
+    parser.add_argument("--plot", metavar="FILE", help="accuracy against forwards (.png), numbers beside it (.csv)")
 
 
 def _list_of(kind: Callable[[str], T]) -> Callable[[str], list[T]]:
@@ -73,42 +81,37 @@ def _block(text: str) -> int | None:
     return None if text == "none" else int(text)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One decoder of the grid."""
+@dataclass(kw_only=True)
+class Measured:
+    """What one decoder did: all completions, and the seconds of those that this call made."""
 
-    rule: str
-    length: int
-    block: int | None
-    temperature: float
-    sampler: Sampler
+    completions: list[Completion]
+    decoded: int = 0
+    tokens: int = 0
+    decoding: float = 0.0
+    judging: float = 0.0
 
-    def settings(self) -> dict[str, Any]:
-        """What tells this decoder from the others; no steps for rules that set their own pace."""
-        return {
-            "decoder": self.rule,
-            "length": self.length,
-            "steps": self.sampler.planned_steps,
-            "block": self.block,
-            "temperature": self.temperature,
-        }
+    def add(self, batch: Batch) -> None:
+        self.completions += batch.completions
+        self.decoded += len(batch.completions)
+        self.tokens += sum(one.tokens for one in batch.completions)
+        self.decoding += batch.decoding
+        self.judging += batch.judging
 
 
 def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+    from unveil.cli.eval_grid import grid
     from unveil.cli.models import open_model, trained_length
     from unveil.cli.progress import Progress
     from unveil.samplers.text import encode_prompts
 
-    task = _task(args)
-    if args.problems < 1:
-        raise UserError(f"--problems: should be at least 1, got {args.problems}")
-    if args.out is not None and (Path(args.out).exists() or not Path(args.out).absolute().parent.is_dir()):
-        raise UserError(f"--out: {args.out!r} should be a new file in a folder that exists")
+    task = task_of(args)
+    _check(args)
     denoiser = open_model(args.model, dtype=args.dtype, chat=args.chat)
     trained = None if args.lengths else trained_length(args.model)
     if not args.lengths and trained is None:
         raise UserError("--lengths: required, for the model comes without a recipe that tells its response length")
-    cells = _grid(args, args.lengths or [trained])
+    cells = grid(args, args.lengths or [trained])
     problems = task.problems(args.split, args.problems, args.seed)
     longest = max(map(len, encode_prompts(denoiser, [problem.prompt for problem in problems])))
     room = denoiser.spec.context_length
@@ -117,26 +120,52 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
             f"--lengths: {too_long[0]} and prompts of up to {longest} tokens do not fit the model's canvas "
             f"(at most {room} tokens)"
         )
-    results = []
-    with Progress("problem", len(cells) * len(problems)) as bar:
-        for place, cell in enumerate(cells):
-            label = " ".join(f"{key} {value}" for key, value in cell.settings().items() if value is not None)
+    file = None if args.out is None else _open(args, task, problems, cells)
+    measured = [Measured(completions=[] if file is None else file.done[place]) for place in range(len(cells))]
+    chains = len(problems) * args.samples
+    try:
+        with Progress("completion", len(cells) * chains) as bar:
+            for place, cell in enumerate(cells):
+                label = " ".join(f"{key} {value}" for key, value in cell.settings().items() if value is not None)
+                for batch in _batches(args, denoiser, task, problems, cell, len(measured[place].completions)):
+                    measured[place].add(batch)
+                    if file is not None:
+                        file.append(place, batch.completions)
+                    bar.show(place * chains + len(measured[place].completions), label)
+    except KeyboardInterrupt:
+        if file is None:
+            raise
+        print(f"unveil: interrupted; the same command with --resume goes on with {args.out}", file=sys.stderr)
+        return 130, {"status": "interrupted", "out": args.out}
+    results = [_summary(args, cell, own) for cell, own in zip(cells, measured, strict=True)]
+    out = console(args)
+    out.print(_report(args, results))
+    out.print(f"95 % bootstrap intervals over problems ({args.resamples:,} resamples, seed {args.seed})")
+    if args.plot is not None:
+        from unveil.report.accuracy import draw, write_numbers
 
-            def show(done: int, place: int = place, label: str = label) -> None:
-                bar.show(place * len(problems) + done, label)
-
-            results.append(_measure(args, denoiser, task, problems, cell, show))
-    console(args).print(_report(results))
+        numbers = Path(args.plot).with_suffix(".csv")
+        draw(results, Path(args.plot), title=f"{args.model} on {args.task}")
+        write_numbers(results, numbers)
+        out.print(f"plot: {args.plot}, numbers: {numbers}")
     return 0, {
         "model": args.model,
         "task": args.task,
         "split": args.split,
+        "seed": args.seed,
+        "bootstrap": {"resamples": args.resamples, "seed": args.seed},
         "results": results,
         "out": args.out,
+        "plot": args.plot,
     }
 
 
-def _task(args: argparse.Namespace) -> Task:
+def task_of(args: argparse.Namespace) -> Task:
+    """The task ``--task`` with the settings ``task.key=value``.
+
+    Raises:
+        UserError: a setting is wrong.
+    """
     from unveil.overrides import merge
     from unveil.recipe import build
     from unveil.tasks.base import Task
@@ -151,101 +180,107 @@ def _task(args: argparse.Namespace) -> Task:
         raise UserError(str(error).replace("task.name: ", "--task: ", 1)) from error
 
 
-def _grid(args: argparse.Namespace, lengths: Sequence[int]) -> list[Cell]:
-    """All decoders that were asked for; equal ones (steps of a rule that ignores them) once.
+def _check(args: argparse.Namespace) -> None:
+    for option in ("problems", "samples", "batch", "resamples"):
+        if getattr(args, option) < 1:
+            raise UserError(f"--{option}: should be at least 1, got {getattr(args, option)}")
+    for k in args.k:
+        if not 1 <= k <= args.samples:
+            raise UserError(f"--k: should be 1 to {args.samples} (--samples), got {k}")
+    if args.resume and args.out is None:
+        raise UserError("--resume: goes on with a file of completions; name it with --out")
+    if args.out is not None:
+        path = Path(args.out).absolute()
+        if path.exists() and not args.resume:
+            raise UserError(f"--out: {args.out!r} exists; --resume goes on with it")
+        if not path.parent.is_dir() or path.is_dir():
+            raise UserError(f"--out: {args.out!r} should be a file in a folder that exists")
+    if args.plot is not None:
+        from unveil.report.accuracy import check_target
 
-    Raises:
-        UserError: some do not fit; all of them are named.
-    """
-    from unveil.cli.decoders import plugin, sampler
-    from unveil.cli.decoders import rule as named
-    from unveil.samplers.schedules import Schedule
-    from unveil.samplers.transforms import Transform
-
-    options = {
-        "steps": "--steps",
-        "block_length": "--blocks",
-        "rule": "--rules",
-        "schedule": "--schedule",
-        "transform": "--transform",
-        "temperature": "--temperature",
-    }
-    shared = {
-        "schedule": None if args.schedule is None else plugin(args.schedule, "--schedule", Schedule),
-        "transform": None if args.transform is None else plugin(args.transform, "--transform", Transform),
-    }
-    rules = [rule.strip() for group in args.rules or ["lcr"] for rule in group.split(";") if rule.strip()]
-    problems: dict[str, None] = {}
-    cells: dict[str, Cell] = {}
-    grid = itertools.product(rules, lengths, args.steps or [None], args.blocks, args.temperature)
-    for rule, length, steps, block, temperature in grid:
-        settings = shared | {
-            "rule": named(rule, "--rules"),
-            "steps": length if steps is None else steps,
-            "block_length": block,
-            "temperature": temperature,
-        }
-        if length < 1:
-            problems[f"--lengths: should be at least 1, got {length}"] = None
-            continue
-        try:
-            cell = Cell(
-                rule=rule, length=length, block=block, temperature=temperature,
-                sampler=sampler(settings, length, options),
-            )  # fmt: skip
-        except UserError as error:
-            problems |= dict.fromkeys(str(error).splitlines())
-        else:
-            cells.setdefault(json.dumps(cell.settings()), cell)
-    if problems:
-        raise UserError("\n".join(problems))
-    return list(cells.values())
+        check_target(Path(args.plot))
 
 
-def _measure(
+def _open(args: argparse.Namespace, task: Task, problems: Sequence[Problem], cells: Sequence[Cell]) -> CompletionFile:
+    from unveil.cli.completion_file import CompletionFile
+    from unveil.denoisers.load import fingerprint
+    from unveil.recipe import dump
+    from unveil.seeds import derive_seed
+
+    settings = {
+        "model": args.model, "weights": fingerprint(args.model), "dtype": args.dtype, "chat": args.chat,
+        "task": dump(task) | {"name": args.task},
+        "split": args.split, "seed": args.seed, "problems": len(problems),
+        "prompts": derive_seed(*((problem.id, problem.prompt, problem.answer) for problem in problems)),
+        "samples": args.samples, "batch": args.batch,
+        "schedule": args.schedule, "transform": args.transform,
+        "decoders": [cell.settings() for cell in cells],
+    }  # fmt: skip
+    expected = [(problem.id, sample) for problem in problems for sample in range(args.samples)]
+    plan = [(cell.settings(), expected) for cell in cells]
+    return CompletionFile(Path(args.out), settings, plan, args.batch, resume=args.resume)
+
+
+def _batches(
     args: argparse.Namespace,
     denoiser: MaskedDenoiser,
     task: Task,
     problems: Sequence[Problem],
     cell: Cell,
-    show: Callable[[int], None],
-) -> dict[str, Any]:
-    from unveil.tasks.evaluate import evaluate
+    done: int,
+) -> Iterator[Batch]:
+    from unveil.tasks.completions import complete
 
-    started = time.perf_counter()
-    result = evaluate(
-        denoiser, task, problems, cell.sampler, response_length=cell.length, seed=args.seed, on_batch=show
+    return complete(
+        denoiser, task, problems, cell.sampler, response_length=cell.length, samples=args.samples, seed=args.seed,
+        batch_size=args.batch, start=done,
+    )  # fmt: skip
+
+
+def _summary(args: argparse.Namespace, cell: Cell, measured: Measured) -> dict[str, Any]:
+    """Numbers of one decoder, from its completions alone; speeds are of those that this call made."""
+    from unveil.tasks.statistics import bootstrap, pass_at_k
+
+    made, n = measured.completions, args.samples
+    groups = [made[start : start + n] for start in range(0, len(made), n)]
+    right = [sum(one.correct for one in group) for group in groups]
+    lost = [sum(one.over_denoised for one in group) / n for group in groups]
+    passed = [[pass_at_k(n, count, k) for count in right] for k in args.k]
+    accuracy, over, *passes = bootstrap(
+        [[count / n for count in right], lost, *passed], resamples=args.resamples, seed=args.seed
     )
-    seconds = time.perf_counter() - started
-    if args.out is not None:
-        _write(Path(args.out), problems, result, cell)
+    if n > 1 and all(len({one.completion for one in group}) == 1 for group in groups):
+        print("unveil: warning: all samples of a problem are equal: this decoder draws nothing", file=sys.stderr)
+    seconds = measured.decoding + measured.judging
     return {
         **cell.settings(),
-        **result.summary(),
-        "forwards_per_problem": result.forwards / len(problems),
+        "accuracy": accuracy.mean, "low": accuracy.low, "high": accuracy.high,
+        "pass_at_k": [
+            {"k": k, "value": one.mean, "low": one.low, "high": one.high}
+            for k, one in zip(args.k, passes, strict=True)
+        ],
+        "over_denoising": over.mean, "over_denoising_low": over.low, "over_denoising_high": over.high,
+        "ever_correct": accuracy.mean + over.mean,
+        "score": _mean([one.score for one in made]),
+        "sample_entropy": _mean([one.entropy for one in made]),
+        "steps_per_chain": _mean([one.chain_steps for one in made]),
+        "forwards": round(sum(one.forwards for one in made)),
+        "forwards_per_completion": _mean([one.forwards for one in made]),
+        "tokens_per_completion": _mean([one.tokens for one in made]),
+        "unfinished": _mean([one.unfinished for one in made]),
+        "problems": len(groups), "samples": n,
+        "decoded": measured.decoded,
         "seconds": round(seconds, 3),
-        "samples_per_second": round(len(problems) / seconds, 2),
-    }
+        "samples_per_second": round(measured.decoded / seconds, 2) if seconds else None,
+        "tokens_per_second": round(measured.tokens / measured.decoding, 2) if measured.decoding else None,
+    }  # fmt: skip
 
 
-def _write(path: Path, problems: Sequence[Problem], result: Evaluation, cell: Cell) -> None:
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            for row, problem in enumerate(problems):
-                record = {
-                    "problem": problem.id,
-                    "prompt": problem.prompt,
-                    "completion": result.texts[row],
-                    "correct": result.correct[row],
-                    "score": result.scores[row],
-                    **cell.settings(),
-                }
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    except OSError as error:
-        print(f"unveil: warning: {path}: {error.strerror}; completions are not written", file=sys.stderr)
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
-def _report(results: Sequence[dict[str, Any]]) -> Table:
+def _report(args: argparse.Namespace, results: Sequence[dict[str, Any]]) -> Table:
     """Shares in percent. The title tells the settings that all decoders have in common."""
     settings: dict[str, list[str]] = {
         "length": [str(line["length"]) for line in results],
@@ -257,10 +292,21 @@ def _report(results: Sequence[dict[str, Any]]) -> Table:
     columns = {"decoder": [line["decoder"] for line in results]}
     columns |= {name: values for name, values in settings.items() if len(set(values)) > 1}
     columns["accuracy %"] = [interval(*(line[key] for key in ("accuracy", "low", "high"))) for line in results]
-    columns["over denoised %"] = [f"{100 * line['over_denoising']:.1f}" for line in results]
+    for place, k in enumerate(args.k):
+        if k > 1:
+            found = [line["pass_at_k"][place] for line in results]
+            columns[f"pass@{k} %"] = [interval(one["value"], one["low"], one["high"]) for one in found]
+    keys = ("over_denoising", "over_denoising_low", "over_denoising_high")
+    columns["over denoised %"] = [interval(*(line[key] for key in keys)) for line in results]
     columns["ever correct %"] = [f"{100 * line['ever_correct']:.1f}" for line in results]
-    columns["forwards per problem"] = [f"{line['forwards_per_problem']:.1f}" for line in results]
-    columns["samples per s"] = [f"{line['samples_per_second']:.1f}" for line in results]
+    columns["forwards"] = [f"{line['forwards_per_completion']:.1f}" for line in results]
+    columns["tokens"] = [f"{line['tokens_per_completion']:.1f}" for line in results]
+    columns["tokens per s"] = [_speed(line["tokens_per_second"]) for line in results]
     made = table(tuple(columns), list(zip(*columns.values(), strict=True)), numbers=tuple(columns)[1:])
-    made.title = ", ".join([f"{results[0]['problems']} problems", *shared])
+    count = f"{results[0]['problems']} problems" + (f" x {args.samples} samples" if args.samples > 1 else "")
+    made.title = ", ".join([count, *shared])
     return made
+
+
+def _speed(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"

@@ -44,12 +44,12 @@ def open_model(name: str, *, dtype: Any = "fp32", chat: bool | None = None) -> M
     """
     import torch
 
-    from unveil.denoisers.load import load_denoiser
+    from unveil.denoisers.load import load_masked
 
     set_threads()
     if chat is None:
         chat = bool(_trained(name).get("model", {}).get("chat"))
-    return load_denoiser(name, dtype=dtype, chat=chat).to("cuda" if torch.cuda.is_available() else "cpu")
+    return load_masked(name, dtype=dtype, chat=chat).to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def trained_length(name: str) -> int | None:

@@ -1,9 +1,9 @@
-"""What every masked-token denoiser declares and does.
+"""What every denoiser declares and does, and what a masked-token denoiser adds.
 
-The normal form: ``features(ids, valid)[b, i]`` is what predicts the token AT position i. Networks that predict position
-i + 1 from position i (Dream, converted autoregressive models) shift inside their adapter, so nothing above ever asks.
-Features and head are apart because a vocabulary of 126k makes logits the memory hog: callers put the head only on the
-positions that they read.
+The normal form of masked tokens: ``features(ids, valid)[b, i]`` is what predicts the token AT position i. Networks that
+predict position i + 1 from position i (Dream, converted autoregressive models) shift inside their adapter, so nothing
+above ever asks. Features and head are apart because a vocabulary of 126k makes logits the memory hog: callers put the
+head only on the positions that they read.
 """
 
 from __future__ import annotations
@@ -58,13 +58,51 @@ class DenoiserSpec:
         return ScoreEntropyProcess(mask_id=self.mask_id, noise=self.noise, method=method)
 
 
-class MaskedDenoiser(nn.Module):
-    """A network that answers with logits of x_0 at every position of a partly masked canvas."""
+class Denoiser(nn.Module):
+    """A network that guesses x_0: what the trainer, snapshots, checkpoints and commands need of any."""
 
-    spec: DenoiserSpec
-    tokenizer: TextTokenizer
+    medium: ClassVar[str]
+    """What its finished samples are (``unveil.tasks.medium``); only tasks of that medium can judge them."""
+    spec: Any
+    """What a sampler or likelihood needs to know of it; each kind of denoiser has its own."""
     output_layers: ClassVar[tuple[str, ...]] = ()
     """Names of linear layers that get no adapter by default: they share the embedding's weights, or dwarf the rest."""
+
+    @abstractmethod
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json, model.safetensors and whatever else opens the model again."""
+
+    def checkpoint_gradients(self) -> None:
+        """From now on trade time for memory in training: recompute activations in the backward pass.
+
+        Raises:
+            UserError: this network cannot.
+        """
+        raise UserError(f"model.gradient_checkpointing: {type(self).__name__} has none (allowed: published networks)")
+
+    @property
+    def unmask(self) -> nn.Module | None:
+        """The network of a learned unmasking rule that is trained and saved beside the denoiser's own weights."""
+        return None
+
+    def save_unmask(self, folder: Path) -> None:
+        """Write that network into the folder of an adapter, if there is one."""
+
+    def own_state(self) -> dict[str, Tensor]:
+        """The weights of the denoiser itself, without anything that it carries."""
+        return {name: value.contiguous() for name, value in self.state_dict().items()}
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+
+class MaskedDenoiser(Denoiser):
+    """A network that answers with logits of x_0 at every position of a partly masked canvas."""
+
+    medium = "text"
+    spec: DenoiserSpec
+    tokenizer: TextTokenizer
     unmask_network: UnmaskNetwork | None = None
     """The shape of the learned unmasking rule that the denoiser carries, if any; see `attach`."""
     unmask_action: Mapping[str, Any] | None = None
@@ -82,21 +120,9 @@ class MaskedDenoiser(nn.Module):
     def head(self, features: Tensor) -> Tensor:
         """The prediction (..., V), see `DenoiserSpec.prediction`, of features (..., D); -inf at the forbidden ids."""
 
-    @abstractmethod
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json, model.safetensors and tokenizer.json."""
-
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a prompt, with what the model expects around it. Nothing in the text becomes a control token."""
         return self.tokenizer.encode(text)
-
-    def checkpoint_gradients(self) -> None:
-        """From now on trade time for memory in training: recompute activations in the backward pass.
-
-        Raises:
-            UserError: this network cannot.
-        """
-        raise UserError(f"model.gradient_checkpointing: {type(self).__name__} has none (allowed: published networks)")
 
     def forward(self, ids: Tensor, valid: Tensor | None = None, t: Tensor | None = None) -> Tensor:
         """Logits (B, L, V) at every position. For tests and small models: it holds the whole vocabulary."""
@@ -137,7 +163,3 @@ class MaskedDenoiser(nn.Module):
         return {
             name: value.contiguous() for name, value in self.state_dict().items() if not name.startswith(f"{_UNMASK}.")
         }
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device

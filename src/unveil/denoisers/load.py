@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 from collections.abc import Collection, Mapping
@@ -9,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from unveil.denoisers import hub
-from unveil.denoisers.base import MaskedDenoiser
+from unveil.denoisers.base import Denoiser, MaskedDenoiser
+from unveil.denoisers.image import ImageDenoiser
 from unveil.denoisers.pretrained import Dtype, PretrainedDenoiser
 from unveil.denoisers.score import ScoreDenoiser
 from unveil.denoisers.transformer import TransformerDenoiser, read_config
 from unveil.denoisers.unmask import FILE
 from unveil.registry import UserError, did_you_mean
 
-KINDS = {kind.model_type: kind for kind in (TransformerDenoiser, ScoreDenoiser)}
+KINDS: dict[str, type[TransformerDenoiser] | type[ImageDenoiser]] = {
+    kind.model_type: kind for kind in (TransformerDenoiser, ScoreDenoiser, ImageDenoiser)
+}
 EMBEDDED = Path(__file__).parent.parent / "models"
 """The small base models that ship inside the package, one folder each."""
 PUBLISHED = {
@@ -61,13 +65,28 @@ def model_folder(name_or_path: str | Path) -> Path:
     raise UserError(f"model {str(name_or_path)!r}: no such folder or embedded model{hint}")
 
 
+def fingerprint(name_or_path: str | Path) -> str:
+    """Digest of a model's weights, configuration and tokenizer: equal for equal files, wherever they lie.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    folder = model_folder(name_or_path)
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted([*folder.glob("*.safetensors"), folder / "config.json", *folder.glob("tokenizer*.json")]):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "blake2b").digest())
+    return digest.hexdigest()
+
+
 def load_denoiser(
     name_or_path: str | Path,
     *,
     dtype: Dtype = "fp32",
     chat: bool = False,
     gradient_checkpointing: bool = False,
-) -> MaskedDenoiser:
+) -> Denoiser:
     """Open a denoiser in evaluation mode, with the unmasking policy that lies beside it, if there is one.
 
     Args:
@@ -84,8 +103,8 @@ def load_denoiser(
     model_type = config.get("model_type")
     if model_type is None and {"graph", "noise", "tokens"} <= config.keys():
         model_type = "sedd"  # whose published configuration names no type
-    denoiser: MaskedDenoiser
-    if model_type in KINDS:
+    denoiser: Denoiser
+    if isinstance(model_type, str) and model_type in KINDS:
         for option, given in (("dtype", dtype != "fp32"), ("chat", chat)):
             if given:
                 raise UserError(f"model {str(name_or_path)!r}: {option} is an option of published models only")
@@ -97,9 +116,21 @@ def load_denoiser(
         denoiser = adapter.from_pretrained(
             folder, dtype=dtype, chat=chat, gradient_checkpointing=gradient_checkpointing
         )
-    if (folder / FILE).is_file():
+    if isinstance(denoiser, MaskedDenoiser) and (folder / FILE).is_file():
         denoiser.load_unmask(folder / FILE)
     return denoiser.eval()
+
+
+def load_masked(name_or_path: str | Path, *, dtype: Dtype = "fp32", chat: bool = False) -> MaskedDenoiser:
+    """`load_denoiser` for those who need a model of text.
+
+    Raises:
+        UserError: as there, or the model is of something else.
+    """
+    denoiser = load_denoiser(name_or_path, dtype=dtype, chat=chat)
+    if not isinstance(denoiser, MaskedDenoiser):
+        raise UserError(f"model {str(name_or_path)!r}: is of kind {denoiser.medium!r} (allowed: models of text)")
+    return denoiser
 
 
 def _adapter(config: Mapping[str, Any], model_type: object, folder: Path) -> type[PretrainedDenoiser]:

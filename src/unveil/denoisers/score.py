@@ -93,4 +93,3 @@ def time_waves(t: Tensor) -> Tensor:
     frequency = 1000 ** (torch.arange(FREQUENCIES, dtype=torch.float64, device=t.device) / (FREQUENCIES - 1))
     angle = t.double()[:, None] * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
-

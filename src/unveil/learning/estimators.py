@@ -31,9 +31,10 @@ from pydantic import Field
 from torch import Tensor
 
 from unveil.denoisers.base import DenoiserSpec
-from unveil.learning.likelihoods import FIRST, AfterEnd, Inner, Likelihood, Views, answered
+from unveil.learning.likelihoods import AfterEnd, TokenLikelihood, TokenViews, answered
+from unveil.learning.views import FIRST, Inner
 from unveil.registry import UserError
-from unveil.samplers.trajectory import Trajectory
+from unveil.samplers.trajectory import TokenTrajectory
 from unveil.seeds import generator
 
 Rule = Literal["gauss-1", "gauss-2", "gauss-3", "gauss-4", "gauss-5", "simpson"]
@@ -144,7 +145,7 @@ def partial_time(first: float, number: int, count: int) -> float:
 
 
 @dataclass(kw_only=True)
-class MaskedAnswer(Likelihood):
+class MaskedAnswer(TokenLikelihood):
     """What all estimators share: which tokens are maskable, and how masks become views.
 
     Tokens behind the end that are dropped stay masked in every view, so that they give away nothing of the length.
@@ -163,8 +164,13 @@ class MaskedAnswer(Likelihood):
         raise NotImplementedError
 
     def views(
-        self, trajectory: Trajectory, chosen: Tensor, seeds: Sequence[int], spec: DenoiserSpec, inner: Inner = FIRST
-    ) -> Views:
+        self,
+        trajectory: TokenTrajectory,
+        chosen: Tensor,
+        seeds: Sequence[int],
+        spec: DenoiserSpec,
+        inner: Inner = FIRST,
+    ) -> TokenViews:
         counted = answered(trajectory, spec, self.after_end)
         shown = trajectory.given & (self.given == "show")
         maskable = counted & ~shown
@@ -179,7 +185,7 @@ class MaskedAnswer(Likelihood):
         rows, scored, coefficient, times = rows[said], scored[said], coefficient[said], times[said]
         holes = scored | always[rows]
         responses = trajectory.response_ids[rows]
-        return Views(
+        return TokenViews(
             ids=torch.cat([trajectory.prompt_ids[rows], responses.masked_fill(holes, spec.mask_id)], 1),
             valid=trajectory.valid[rows],
             prompt_width=trajectory.prompt_ids.shape[1],

@@ -1,15 +1,13 @@
-"""What stands in for log p: which canvases the network is shown, and which of their tokens count.
+"""What stands in for log p of tokens: which canvases the network is shown, and which of their tokens count.
 
-A likelihood turns a Trajectory into *views*: partly masked canvases together with the tokens whose log-probability is
-read from them. Old, reference and new network see the very same views, so their randomness is shared by construction.
+A view of tokens is a partly masked canvas together with the tokens whose log-probability is read from it.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
@@ -18,24 +16,14 @@ from torch import Tensor
 from unveil.denoisers.base import DenoiserSpec, MaskedDenoiser
 from unveil.denoisers.unmask import UnmaskInputs
 from unveil.learning.scoring import score_tokens
-from unveil.registry import Plugin, UserError
+from unveil.learning.views import FIRST, Inner, Likelihood, Scores, Views
+from unveil.registry import UserError
 from unveil.samplers.actions import Action
-from unveil.samplers.base import Sampler
-from unveil.samplers.trajectory import Trajectory
+from unveil.samplers.base import Sampler, TokenSampler
+from unveil.samplers.trajectory import TokenTrajectory
 from unveil.seeds import derive_seed, generator
 
 AfterEnd = Literal["keep", "drop"]
-
-
-@dataclass(frozen=True)
-class Inner:
-    """Which of the gradient steps on the same rollouts."""
-
-    number: int = 0
-    count: int = 1
-
-
-FIRST = Inner()
 
 
 @dataclass(kw_only=True)
@@ -65,8 +53,8 @@ class Order:
 
 
 @dataclass(kw_only=True)
-class Views:
-    """N network inputs and what is scored in each. The views of a chain are neighbours.
+class TokenViews(Views):
+    """N canvases and what is scored in each.
 
     The *items* of a view are its scored tokens (columns 0..R-1) and, where a learned rule chose the order, one more
     column R for the log-probability of that choice; C is R or R + 1.
@@ -77,10 +65,7 @@ class Views:
         prompt_width: the column at which responses start; R = L - prompt_width.
         scored: (N, R) True at tokens whose log-probability is read.
         targets: (N, R) the tokens themselves.
-        rows: (N,) the chain that a view belongs to.
-        steps: (N,) the step whose advantage it carries.
         holes: (N,) masked response tokens of the canvas.
-        length: (N,) this view's share of the number of positions that a ratio is normalised by.
         coefficient: (N, R) factor of each token's log-probability in every sum; None: 1.
         order: the choices of a learned rule; None: there is none, or it is not trained.
         times: (N,) the time that a time-conditioned network is told; None: it has none.
@@ -91,16 +76,10 @@ class Views:
     prompt_width: int
     scored: Tensor
     targets: Tensor
-    rows: Tensor
-    steps: Tensor
     holes: Tensor
-    length: Tensor
     coefficient: Tensor | None = None
     order: Order | None = None
     times: Tensor | None = None
-
-    def __len__(self) -> int:
-        return self.ids.shape[0]
 
     @property
     def items(self) -> Tensor:
@@ -118,50 +97,22 @@ class Views:
         ones = self.coefficient.new_ones(len(self), items.shape[1] - self.coefficient.shape[1])
         return torch.cat([self.coefficient, ones], 1) * items
 
-    def slice(self, start: int, end: int) -> Views:
-        part = slice(start, end)
-        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        cut = {name: value[part] for name, value in values.items() if isinstance(value, Tensor)}
-        order = None if self.order is None else self.order.slice(part)
-        return dataclasses.replace(self, **cut, order=order)  # type: ignore[arg-type]
-
-
-@dataclass(kw_only=True)
-class Scores:
-    """What a network says of the items of N views.
-
-    Attributes:
-        log_prob: (N, C) float32, 0 where there is no item.
-        entropy: (N, C) in nats, without gradient; 0 where there is no item, and for orders.
-        forwards: network evaluations of the denoiser, counted per sequence.
-    """
-
-    log_prob: Tensor
-    entropy: Tensor
-    forwards: int
-
-
-class Likelihood(Plugin, family="likelihood"):
-    """Makes views of a trajectory and scores them."""
-
-    needs: frozenset[str] = frozenset()
-    """Trajectory fields that `views` reads."""
-    resamples: bool = False
-    """True if the views of two inner updates differ; otherwise they are made and scored once."""
-    per_step: ClassVar[bool] = True
-    """True if views belong to steps (a selector chooses which), False if they stand for the whole chain."""
-
     @property
-    def scores_tokens(self) -> bool:
-        """False if only the order counts: tokens may then be drawn at temperature 0."""
-        return True
+    def parts(self) -> Tensor:
+        """(C,) 0 for tokens, 1 for the order."""
+        parts = torch.zeros(self.items.shape[1], dtype=torch.long)
+        parts[self.scored.shape[1] :] = 1
+        return parts
+
+    def slice(self, start: int, end: int) -> Self:
+        sliced = super().slice(start, end)
+        return sliced if self.order is None else replace(sliced, order=self.order.slice(slice(start, end)))
+
+
+class TokenLikelihood(Likelihood):
+    """Scores tokens that were drawn by the sampler 'masked'."""
 
     def check_fits(self, sampler: Sampler, denoiser: MaskedDenoiser) -> None:
-        """Refuse a rollout sampler or network whose decisions this likelihood cannot score.
-
-        Raises:
-            UserError: naming the key and what is allowed.
-        """
         if sampler.name != "masked":
             raise UserError(
                 f"policy.likelihood: {self.name!r} scores tokens drawn by the sampler 'masked', not {sampler.name!r}"
@@ -172,12 +123,16 @@ class Likelihood(Plugin, family="likelihood"):
             raise UserError(f"policy.likelihood: {self.name!r} tells the network no time, but it is time-conditioned")
 
     def views(
-        self, trajectory: Trajectory, chosen: Tensor, seeds: Sequence[int], spec: DenoiserSpec, inner: Inner = FIRST
-    ) -> Views:
-        """Views of the ``chosen`` (B, S) steps (those with a weight above 0); ``seeds`` holds one per chain."""
+        self,
+        trajectory: TokenTrajectory,
+        chosen: Tensor,
+        seeds: Sequence[int],
+        spec: DenoiserSpec,
+        inner: Inner = FIRST,
+    ) -> TokenViews:
         raise NotImplementedError
 
-    def score(self, denoiser: MaskedDenoiser, views: Views, temperature: float) -> Scores:
+    def score(self, denoiser: MaskedDenoiser, views: TokenViews, sampler: TokenSampler) -> Scores:
         """Log-probabilities of all items: tokens at the sampling temperature, orders by the rule that chose them.
 
         A view without scored tokens and with an order that reads no features costs no forward pass of the denoiser.
@@ -195,7 +150,8 @@ class Likelihood(Plugin, family="likelihood"):
         if features is not None:
             row, column = scored.nonzero(as_tuple=True)
             targets = views.targets.to(device)[row, column]
-            tokens, spread = score_tokens(denoiser, features[row, column], targets, temperature or 1.0, entropy=True)
+            temperature = sampler.temperature or 1.0
+            tokens, spread = score_tokens(denoiser, features[row, column], targets, temperature, entropy=True)
             log_prob, entropy = log_prob.masked_scatter(scored, tokens), entropy.masked_scatter(scored, spread)
         if order is not None:
             chosen = score_order(denoiser, order, features)
@@ -209,7 +165,7 @@ def score_order(denoiser: MaskedDenoiser, order: Order, features: Tensor | None)
     device = denoiser.device
     inputs = order.inputs.to(device)
     if denoiser.unmask_reads_features:
-        inputs = dataclasses.replace(inputs, features=features)
+        inputs = replace(inputs, features=features)
     assert denoiser.unmask is not None
     log_prob = order.action.log_prob(denoiser.unmask(inputs), inputs.candidates, order.ranks.to(device))
     share = order.expert_share.to(device)
@@ -218,7 +174,7 @@ def score_order(denoiser: MaskedDenoiser, order: Order, features: Tensor | None)
 
 
 @dataclass(kw_only=True)
-class TrajectoryLikelihood(Likelihood, name="trajectory"):
+class TrajectoryLikelihood(TokenLikelihood, name="trajectory"):
     """The states that inference really visited: sum over steps of sum over tokens of log p(a_s | x_s)."""
 
     tokens: Literal["masked", "revealed", "none"] = "masked"
@@ -240,7 +196,7 @@ class TrajectoryLikelihood(Likelihood, name="trajectory"):
         self.needs = frozenset(needs)
 
     @property
-    def scores_tokens(self) -> bool:
+    def scores_samples(self) -> bool:
         return self.tokens != "none"
 
     def check_fits(self, sampler: Sampler, denoiser: MaskedDenoiser) -> None:
@@ -255,8 +211,13 @@ class TrajectoryLikelihood(Likelihood, name="trajectory"):
             raise UserError("policy.likelihood.order: the model carries no unmasking policy (give model.unmask)")
 
     def views(
-        self, trajectory: Trajectory, chosen: Tensor, seeds: Sequence[int], spec: DenoiserSpec, inner: Inner = FIRST
-    ) -> Views:
+        self,
+        trajectory: TokenTrajectory,
+        chosen: Tensor,
+        seeds: Sequence[int],
+        spec: DenoiserSpec,
+        inner: Inner = FIRST,
+    ) -> TokenViews:
         rows, steps = ((chosen > 0) & trajectory.active).nonzero(as_tuple=True)
         holes = trajectory.holes_at(rows, steps)
         scored = holes & (self.tokens != "none")
@@ -269,7 +230,7 @@ class TrajectoryLikelihood(Likelihood, name="trajectory"):
             said = scored.any(1)
             rows, steps, holes, scored = rows[said], steps[said], holes[said], scored[said]
         states = trajectory.states_at(rows, steps)
-        return Views(
+        return TokenViews(
             ids=torch.cat([trajectory.prompt_ids[rows], states], 1),
             valid=trajectory.valid[rows],
             prompt_width=trajectory.prompt_ids.shape[1],
@@ -283,7 +244,7 @@ class TrajectoryLikelihood(Likelihood, name="trajectory"):
         )
 
 
-def _order(action: Action, trajectory: Trajectory, rows: Tensor, steps: Tensor, holes: Tensor) -> Order:
+def _order(action: Action, trajectory: TokenTrajectory, rows: Tensor, steps: Tensor, holes: Tensor) -> Order:
     """What the rule saw and chose at ``steps`` (N,) of chains ``rows`` (N,), with ``holes`` (N, R)."""
     assert trajectory.confidence is not None and trajectory.block is not None and trajectory.order is not None
     share = trajectory.expert_share
@@ -303,7 +264,7 @@ def _order(action: Action, trajectory: Trajectory, rows: Tensor, steps: Tensor, 
 
 
 @dataclass(kw_only=True)
-class OneStepLikelihood(Likelihood, name="one_step"):
+class OneStepLikelihood(TokenLikelihood, name="one_step"):
     """One forward pass with the whole response masked and a random part of the prompt masked (diffu-GRPO, 2504.12216).
 
     Every inner update masks the prompt anew. Given (infilled) response positions are masked and scored like the rest.
@@ -319,8 +280,13 @@ class OneStepLikelihood(Likelihood, name="one_step"):
         self.resamples = self.prompt_mask > 0
 
     def views(
-        self, trajectory: Trajectory, chosen: Tensor, seeds: Sequence[int], spec: DenoiserSpec, inner: Inner = FIRST
-    ) -> Views:
+        self,
+        trajectory: TokenTrajectory,
+        chosen: Tensor,
+        seeds: Sequence[int],
+        spec: DenoiserSpec,
+        inner: Inner = FIRST,
+    ) -> TokenViews:
         batch, width = trajectory.prompt_ids.shape
         prompt_valid, response_valid = trajectory.valid[:, :width], trajectory.response_valid
         drawn = torch.ones(batch, width)
@@ -331,7 +297,7 @@ class OneStepLikelihood(Likelihood, name="one_step"):
         prompts = torch.where(prompt_valid & (drawn < self.prompt_mask), spec.mask_id, trajectory.prompt_ids)
         masked = torch.where(response_valid, spec.mask_id, trajectory.response_ids)
         scored = answered(trajectory, spec, self.after_end)
-        return Views(
+        return TokenViews(
             ids=torch.cat([prompts, masked], 1),
             valid=trajectory.valid,
             prompt_width=width,
@@ -344,7 +310,7 @@ class OneStepLikelihood(Likelihood, name="one_step"):
         )
 
 
-def answered(trajectory: Trajectory, spec: DenoiserSpec, after_end: AfterEnd) -> Tensor:
+def answered(trajectory: TokenTrajectory, spec: DenoiserSpec, after_end: AfterEnd) -> Tensor:
     """(B, R) the response tokens that count: all of them, or those up to and including the first end token.
 
     Holes that a chain ended with are no tokens.
@@ -361,22 +327,11 @@ def up_to_end(ids: Tensor, end_ids: Sequence[int]) -> Tensor:
     return (ends.cumsum(1) - ends.long()) == 0
 
 
-class TokenFilter(Plugin, family="token_filter"):
-    """Chooses among the items of an update by how uncertain the policy that drew them was."""
-
-    keeps_ratio: bool = False
-    """True: what is dropped only loses its weight, and still belongs to the ratio of its unit. False: it is gone."""
-
-    def keep(self, views: Views, entropy: Tensor, trajectory: Trajectory) -> Tensor:
-        """(N, C) bool from entropies (N, C) in nats under the policy that drew the rollouts."""
-        raise NotImplementedError
-
-
-def without(views: Views, keep: Tensor) -> Views:
+def without(views: TokenViews, keep: Tensor) -> TokenViews:
     """The views with only the tokens that ``keep`` (N, C); an order always stays.
 
     Without coefficients a dropped token also leaves the length; an estimator's length is that of its answer.
     """
     scored = views.scored & keep[:, : views.scored.shape[1]]
     dropped = views.scored.sum(1) - scored.sum(1) if views.coefficient is None else 0
-    return dataclasses.replace(views, scored=scored, length=views.length - dropped)
+    return replace(views, scored=scored, length=views.length - dropped)

@@ -1,21 +1,21 @@
-"""How advantages and log-probabilities become a loss: unreduced terms, weights, and what holds the policy back.
+"""How advantages and log-probabilities become a loss: unreduced terms and their weights.
 
-The loss of an update is sum(policy_weight * policy_term + kl_weight * beta * kl_term) over units of items. Weights
-carry the whole reduction (who is averaged over what) and are fixed before the first backward pass, so any split into
-micro-batches or ranks gives the same gradient.
+The loss of an update is sum(policy_weight * policy_term + kl_weight * beta * kl_term) over units of items; the KL term
+is a regulariser's (``regularisers.py``). Weights carry the whole reduction (who is averaged over what) and are fixed
+before the first backward pass, so any split into micro-batches or ranks gives the same gradient.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from unveil.learning.likelihoods import Views
+from unveil.learning.views import Views
 from unveil.registry import Plugin
 from unveil.samplers.trajectory import Trajectory
 
@@ -40,6 +40,11 @@ class Objective(Plugin, family="objective"):
     def diagnostics(self, log_prob: Tensor, old: Tensor, advantage: Tensor) -> dict[str, float]:
         """Numbers that unmask broken training, for the log."""
         return {}
+
+
+def sum_by(values: Tensor, unit: Tensor, count: int) -> Tensor:
+    """(count,) sums of ``values`` (M,) over equal ``unit`` (M,)."""
+    return values.new_zeros(count).index_add(0, unit, values)
 
 
 @dataclass(kw_only=True)
@@ -85,28 +90,9 @@ def unit_of(views: Views, level: Level) -> tuple[Tensor, int]:
     if level == "token":
         key = key * views.items.shape[1] + column
     if level == "part":
-        key = 2 * key + (column == views.scored.shape[1])
+        key = 2 * key + views.parts[column]
     found, unit = key.unique(return_inverse=True)
     return unit, len(found)
-
-
-@dataclass(kw_only=True)
-class Kl:
-    """Penalty that keeps the policy near a reference, per token unit; d = log p_ref - log p."""
-
-    beta: Annotated[float, Field(ge=0)] = 0.0
-    """Strength; at 0 no reference is evaluated."""
-    estimator: Literal["k1", "k2", "k3"] = "k3"
-    """k1 = -d, k2 = d^2 / 2 (its gradient is that of the reverse KL on-policy), k3 = exp(d) - d - 1."""
-
-    def terms(self, log_prob: Tensor, reference: Tensor) -> Tensor:
-        """Estimates (M,) of KL(policy || reference), unscaled."""
-        difference = reference - log_prob
-        if self.estimator == "k1":
-            return -difference
-        if self.estimator == "k2":
-            return 0.5 * difference**2
-        return difference.exp() - difference - 1
 
 
 class Weighting(Plugin, family="weighting"):
@@ -116,7 +102,7 @@ class Weighting(Plugin, family="weighting"):
     """Trajectory fields that `weights` reads."""
 
     def weights(
-        self, views: Views, advantage: Tensor, trajectory: Trajectory, total: Callable[[float], float]
+        self, views: Any, advantage: Tensor, trajectory: Any, total: Callable[[float], float]
     ) -> tuple[Tensor, Tensor]:
         """Two (N, C) tensors, 0 where there is no item.
 

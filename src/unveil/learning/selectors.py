@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from unveil.denoisers.base import DenoiserSpec
 from unveil.registry import Plugin
 from unveil.samplers.trajectory import Trajectory
 from unveil.seeds import generator
@@ -22,11 +21,11 @@ class Selector(Plugin, family="selector"):
     needs: frozenset[str] = frozenset()
     """Trajectory fields that `choose` reads."""
 
-    def choose(self, advantages: Tensor, trajectory: Trajectory, seeds: Sequence[int], spec: DenoiserSpec) -> Tensor:
+    def choose(self, advantages: Tensor, trajectory: Any, seeds: Sequence[int], spec: Any) -> Tensor:
         """(B, S) float factors of the steps' weights, 0 where a step is not trained on.
 
-        From ``advantages`` (B, S), the trajectory and a seed per chain. Factors other than 0 and 1 make a sample of
-        steps stand for all of them.
+        From ``advantages`` (B, S), the trajectory, a seed per chain and the denoiser's spec. Factors other than 0 and 1
+        make a sample of steps stand for all of them.
         """
         raise NotImplementedError
 
@@ -35,8 +34,8 @@ class Selector(Plugin, family="selector"):
 class AllSteps(Selector, name="all"):
     """Every step."""
 
-    def choose(self, advantages: Tensor, trajectory: Trajectory, seeds: Sequence[int], spec: DenoiserSpec) -> Tensor:
-        return trajectory.active.float()
+    def choose(self, advantages: Tensor, trajectory: Trajectory, seeds: Sequence[int], spec: Any) -> Tensor:
+        return trajectory.decided.float()
 
 
 @dataclass(kw_only=True)
@@ -44,8 +43,8 @@ class NonZero(Selector, name="nonzero"):
     """Every step whose advantage is not 0: chains of groups with equal rewards cost no gradient pass, and an update
     without any other is no gradient step."""
 
-    def choose(self, advantages: Tensor, trajectory: Trajectory, seeds: Sequence[int], spec: DenoiserSpec) -> Tensor:
-        return (trajectory.active & (advantages.abs() > 1e-6)).float()
+    def choose(self, advantages: Tensor, trajectory: Trajectory, seeds: Sequence[int], spec: Any) -> Tensor:
+        return (trajectory.decided & (advantages.abs() > 1e-6)).float()
 
 
 @dataclass(kw_only=True)
@@ -55,8 +54,8 @@ class TopAdvantage(Selector, name="top_advantage"):
     k: Annotated[int, Field(ge=1)] = 8
     """Steps per chain."""
 
-    def choose(self, advantages: Tensor, trajectory: Trajectory, seeds: Sequence[int], spec: DenoiserSpec) -> Tensor:
-        return _largest(advantages.abs(), trajectory.active, self.k)
+    def choose(self, advantages: Tensor, trajectory: Trajectory, seeds: Sequence[int], spec: Any) -> Tensor:
+        return _largest(advantages.abs(), trajectory.decided, self.k)
 
 
 @dataclass(kw_only=True)
@@ -66,9 +65,9 @@ class UniformSteps(Selector, name="uniform"):
     k: Annotated[int, Field(ge=1)] = 8
     """Steps per chain."""
 
-    def choose(self, advantages: Tensor, trajectory: Trajectory, seeds: Sequence[int], spec: DenoiserSpec) -> Tensor:
+    def choose(self, advantages: Tensor, trajectory: Trajectory, seeds: Sequence[int], spec: Any) -> Tensor:
         draws = [torch.rand(trajectory.steps, generator=generator(seed, "steps")) for seed in seeds]
-        return _largest(torch.stack(draws), trajectory.active, self.k)
+        return _largest(torch.stack(draws), trajectory.decided, self.k)
 
 
 def _largest(value: Tensor, active: Tensor, k: int) -> Tensor:

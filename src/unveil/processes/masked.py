@@ -169,9 +169,7 @@ class MaskedProcess:
             raise ValueError(f"the exact weight needs n >= 1, got {int(n.min())}")
         return maskable.sum(-1).float() / n
 
-    def step(
-        self, logits: Tensor, x_t: Tensor, t: Tensor, s: Tensor, temperature: float = 1.0
-    ) -> MaskedTransition:
+    def step(self, logits: Tensor, x_t: Tensor, t: Tensor, s: Tensor, temperature: float = 1.0) -> MaskedTransition:
         """The reverse transition from t to s < t, given ``logits (B, ..., V)`` of x_0 at ``x_t (B, ...)``.
 
         Args:
@@ -184,9 +182,7 @@ class MaskedProcess:
         masked = x_t == self.mask_id
         t, s = masked_times(masked, t, s)
         rows = temper(unmasked_logits(logits, masked, self.mask_id), temperature)
-        return MaskedTransition(
-            x_t=x_t, masked=masked, logits=rows, move=(t - s) / t, stay=s / t, mask_id=self.mask_id
-        )
+        return MaskedTransition(x_t=x_t, masked=masked, logits=rows, move=(t - s) / t, stay=s / t, mask_id=self.mask_id)
 
 
 def masked_times(masked: Tensor, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:

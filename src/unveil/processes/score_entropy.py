@@ -112,9 +112,7 @@ class ScoreEntropyProcess:
         rows[:, self.mask_id] = -torch.inf
         return rows.exp().sum(-1) - rows.gather(-1, x_0[:, None])[:, 0] - 1
 
-    def step(
-        self, log_score: Tensor, x_t: Tensor, t: Tensor, s: Tensor, temperature: float = 1.0
-    ) -> MaskedTransition:
+    def step(self, log_score: Tensor, x_t: Tensor, t: Tensor, s: Tensor, temperature: float = 1.0) -> MaskedTransition:
         """The reverse transition from t to s < t, given ``log_score (B, ..., V)`` at ``x_t (B, ...)``.
 
         A masked position moves with probability min(c sum(s), 1 - floor), then to y with probability s_y / sum(s). At

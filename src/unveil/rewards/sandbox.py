@@ -200,7 +200,7 @@ def _read(process: subprocess.Popen[bytes], deadline: float, limit: int) -> tupl
         with suppress(BlockingIOError):
             chunk = os.read(pipe, 2**16)
         head += chunk[: max(0, limit + 512 - len(head))]
-        tail = (tail + chunk)[-2**11 :]
+        tail = (tail + chunk)[-(2**11) :]
         timed_out = not ended and time.monotonic() > deadline
         if timed_out or (ended and not chunk) or time.monotonic() > deadline:
             break

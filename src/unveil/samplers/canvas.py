@@ -82,6 +82,11 @@ class Canvas:
         return self.ids.shape[0]
 
     @property
+    def width(self) -> int:
+        """R, columns of the responses."""
+        return self.ids.shape[1] - self.prompt_width
+
+    @property
     def response(self) -> Tensor:
         """(B, R) response part of the ids (a view)."""
         return self.ids[:, self.prompt_width :]

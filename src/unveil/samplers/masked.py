@@ -18,19 +18,19 @@ from unveil.denoisers.base import MaskedDenoiser
 from unveil.denoisers.unmask import UnmaskInputs
 from unveil.registry import UserError
 from unveil.samplers.actions import Action
-from unveil.samplers.base import Sampler
+from unveil.samplers.base import TokenSampler
 from unveil.samplers.canvas import Canvas
 from unveil.samplers.rules import LowConfidence, Policy, Rule, State, StepView
 from unveil.samplers.schedules import Even, Schedule
 from unveil.samplers.solvers import First, Solver, SolverView
 from unveil.samplers.timetable import Clock, Slot, Timetable
 from unveil.samplers.tokens import certainty_rank, confidence, filter_logits, sample_categorical, token_log_prob
-from unveil.samplers.trajectory import PER_CHAIN, Trajectory
+from unveil.samplers.trajectory import TokenTrajectory
 from unveil.samplers.transforms import Transform
 
 
 @dataclass(kw_only=True)
-class MaskedSampler(Sampler, name="masked"):
+class MaskedSampler(TokenSampler, name="masked"):
     """How samples are drawn from a masked-token denoiser."""
 
     steps: Annotated[int, Field(ge=1)]
@@ -99,14 +99,15 @@ class MaskedSampler(Sampler, name="masked"):
         return refused
 
     def check_denoiser(self, denoiser: MaskedDenoiser) -> None:
+        super().check_denoiser(denoiser)
         if denoiser.spec.prediction == "log_score":
             raise UserError("sampler: 'masked' cannot time a network of scores (allowed: reverse)")
         self.rule.network(denoiser)
 
     def sample_batch(
-        self, denoiser: MaskedDenoiser, canvas: Canvas, seeds: Sequence[int], needs: frozenset[str]
-    ) -> Trajectory:
-        return _Chains(self, denoiser, canvas, seeds, needs).run()
+        self, denoiser: MaskedDenoiser, start: Canvas, seeds: Sequence[int], needs: frozenset[str]
+    ) -> TokenTrajectory:
+        return _Chains(self, denoiser, start, seeds, needs).run()
 
     def propose(self, logits: Tensor, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
         """Draw a token for every hole.
@@ -172,7 +173,7 @@ class _Chains:
         self.taken = torch.zeros(batch, dtype=torch.long, device=device)
         self.forwards = 0
 
-    def run(self) -> Trajectory:
+    def run(self) -> TokenTrajectory:
         step = 0
         while len(holes := self._retire(step)):
             self._step(step, holes)
@@ -180,9 +181,9 @@ class _Chains:
         prompt_width = self.canvas.prompt_width
         recorded: dict[str, Tensor] = {}
         for name, steps in self.records.items():
-            if name not in PER_CHAIN:
+            if name not in TokenTrajectory.per_chain:
                 recorded[name] = torch.stack(steps, 1) if steps else self._empty_record(name)
-        return Trajectory(
+        return TokenTrajectory(
             prompt_ids=self.canvas.ids[:, :prompt_width].cpu(),
             response_ids=self.final.cpu(),
             valid=self.canvas.valid.cpu(),
@@ -266,9 +267,7 @@ class _Chains:
             read=read, again=self.again, response=self.response, now=now, at=at, temperature=self.sampler.temperature
         )
 
-    def _preference(
-        self, holes: Tensor, slot: Slot, confidence: Tensor, view: StepView, features: Tensor
-    ) -> Tensor:
+    def _preference(self, holes: Tensor, slot: Slot, confidence: Tensor, view: StepView, features: Tensor) -> Tensor:
         """(b, R) logits of the rule's network."""
         assert self.network is not None and view.done is not None and view.planned is not None
         network, module = self.network

@@ -18,14 +18,14 @@ from torch import Tensor
 from unveil.denoisers.base import MaskedDenoiser
 from unveil.processes.masked import MaskedTransition
 from unveil.processes.score_entropy import Method
-from unveil.samplers.base import Sampler
+from unveil.samplers.base import TokenSampler
 from unveil.samplers.canvas import Canvas
 from unveil.samplers.tokens import confidence, sample_categorical
-from unveil.samplers.trajectory import Trajectory
+from unveil.samplers.trajectory import TokenTrajectory
 
 
 @dataclass(kw_only=True)
-class ReverseSampler(Sampler, name="reverse"):
+class ReverseSampler(TokenSampler, name="reverse"):
     """How samples are drawn by simulating the reverse process."""
 
     steps: Annotated[int, Field(ge=1)]
@@ -51,9 +51,9 @@ class ReverseSampler(Sampler, name="reverse"):
         return dict.fromkeys(("block", "order", "order_log_prob"), "needs a sampler with blocks and rules ('masked')")
 
     def sample_batch(
-        self, denoiser: MaskedDenoiser, canvas: Canvas, seeds: Sequence[int], needs: frozenset[str]
-    ) -> Trajectory:
-        return _Chains(self, denoiser, canvas, seeds, needs).run()
+        self, denoiser: MaskedDenoiser, start: Canvas, seeds: Sequence[int], needs: frozenset[str]
+    ) -> TokenTrajectory:
+        return _Chains(self, denoiser, start, seeds, needs).run()
 
     def times(self) -> Tensor:
         """(steps + 2,) float64: the grid from 1 to ``last_time``, then 0."""
@@ -89,7 +89,7 @@ class _Chains:
         self.step_map = torch.full(canvas.response.shape, -1, device=device)
         self.forwards = 0
 
-    def run(self) -> Trajectory:
+    def run(self) -> TokenTrajectory:
         times = self.sampler.times()
         for step, (t, s) in enumerate(zip(times[:-1].tolist(), times[1:].tolist(), strict=True)):
             holes = (self.response == self.mask_id) & self.editable
@@ -102,7 +102,7 @@ class _Chains:
             recorded = self._nothing_recorded()
         prompt_width = self.canvas.prompt_width
         active = torch.stack(self.active, 1) if self.active else self.stale.new_zeros(len(self.ids), 0)
-        return Trajectory(
+        return TokenTrajectory(
             prompt_ids=self.canvas.ids[:, :prompt_width].cpu(),
             response_ids=self.response.cpu().clone(),
             valid=self.canvas.valid.cpu(),

@@ -95,9 +95,7 @@ class Clock:
         self.times, self.starts, self.holes = times, starts, holes
 
     @classmethod
-    def of(
-        cls, holes: Tensor, layout: Sequence[tuple[int, int]], seeds: Sequence[int], device: torch.device
-    ) -> Clock:
+    def of(cls, holes: Tensor, layout: Sequence[tuple[int, int]], seeds: Sequence[int], device: torch.device) -> Clock:
         """For rows that start with ``holes`` (b, R); a row's times depend on its seed and holes alone."""
         sizes = [size for size, _ in layout]
         starts = [0, *itertools.accumulate(sizes)][:-1]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import ClassVar, Self, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,29 +15,119 @@ from torch import Tensor
 
 from unveil.registry import UserError, did_you_mean
 
-OPTIONAL = (
-    "states", "guesses", "confidence", "log_prob", "entropy", "revealed", "taken_back", "step_map",
-    "block", "order", "order_log_prob", "times",
-)  # fmt: skip
-"""Fields that a reader must ask for: ``sample(..., needs={"guesses", "confidence"})``."""
-PER_CHAIN = ("step_map",)
-"""Those of them that have no step axis."""
-
 
 @dataclass(kw_only=True)
 class Trajectory:
-    """States, decisions and beliefs of B denoising chains of at most S steps over R response positions.
+    """What B denoising chains of at most S steps leave behind, whatever they denoise.
 
     Chains end on their own: ``active[b, s]`` is False from the step at which chain b was done.
+
+    Attributes:
+        active: (B, S) True where step s of chain b happened.
+        planned: (B,) steps that a chain's schedule has; for rules that set their own pace the most it may take.
+        forwards: network evaluations, counted per sample (NFE).
+        guesses: (B, S, ...) the full guess of x_0 at step s, in the form of `finished`; on demand.
+    """
+
+    kind: ClassVar[str]
+    """How a file says what it holds."""
+    optional: ClassVar[tuple[str, ...]]
+    """Fields that a reader must ask for: ``sample(..., needs={"guesses", "log_prob"})``."""
+    per_chain: ClassVar[tuple[str, ...]] = ()
+    """Those of them that have no step axis."""
+
+    active: Tensor
+    planned: Tensor
+    forwards: int
+    guesses: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.active.shape[0]
+
+    @property
+    def steps(self) -> int:
+        """S, the number of steps of the longest chain."""
+        return self.active.shape[1]
+
+    @property
+    def last_steps(self) -> Tensor:
+        """(B,) the last active step of every chain."""
+        return (self.active.sum(1) - 1).clamp(min=0)
+
+    @property
+    def decided(self) -> Tensor:
+        """(B, S) True at the steps that chose something, which can be trained."""
+        return self.active
+
+    @property
+    def finished(self) -> Tensor:
+        """(B, ...) what the chains ended with."""
+        raise NotImplementedError
+
+    @property
+    def unfinished(self) -> Tensor:
+        """(B,) True where a chain ended before its sample was whole."""
+        return torch.zeros(len(self), dtype=torch.bool)
+
+    def rows(self, index: Tensor) -> Self:
+        """The chains ``index`` (N,). ``forwards`` stays that of the whole batch."""
+        return replace(self, **{name: value[index] for name, value in self._tensors().items()})  # type: ignore[arg-type]
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """Trajectories of batches as one; step axes are padded to the longest. A field that one part lacks is gone."""
+        raise NotImplementedError
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file."""
+        tensors = {name: value.contiguous() for name, value in self._tensors().items()}
+        header = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), int)}
+        save_file(tensors, path, metadata={"unveil.trajectory": json.dumps({"kind": self.kind} | header)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a file written by `save`.
+
+        Raises:
+            UserError: the file is missing, broken, or not a trajectory of this kind.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if "unveil.trajectory" not in metadata:
+                    raise UserError(f"{path}: not a trajectory file")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: not a readable trajectory file: {error}") from error
+        try:
+            header = json.loads(metadata["unveil.trajectory"])
+            kind = header.pop("kind", TokenTrajectory.kind)
+            if kind != cls.kind:
+                raise UserError(f"{path}: a trajectory of {kind}, not of {cls.kind}")
+            return cls._built(tensors, header)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{path}: not a trajectory file of this version: {error}") from error
+
+    @classmethod
+    def _built(cls, tensors: dict[str, Tensor], header: dict[str, int]) -> Self:
+        """The inverse of what `save` takes apart."""
+        return cls(**tensors, **header)  # type: ignore[arg-type]
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The fields that are tensors; each has a leading axis of chains."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+@dataclass(kw_only=True)
+class TokenTrajectory(Trajectory):
+    """States, decisions and beliefs of B chains of masked tokens over R response positions.
 
     Attributes:
         prompt_ids: (B, P) left-padded prompts; with ``response_ids`` they make up the canvas.
         response_ids: (B, R) the finished responses.
         valid: (B, P + R) True at real tokens.
-        active: (B, S) True where step s of chain b happened.
         given: (B, R) True at response positions that were no holes at the start.
-        planned: (B,) steps that a chain's schedule has; for rules that set their own pace the most it may take.
-        forwards: network evaluations, counted per sequence (NFE).
         mask_id: the id of the hole.
         states: (B, S, R) the response before step s; the finished response where the chain was done.
         guesses: (B, S, R) the full guess of x_0 at step s: the drawn token at the holes that were read, the state
@@ -61,16 +151,19 @@ class Trajectory:
             policy's own. None: all are.
     """
 
+    kind = "tokens"
+    optional = (
+        "states", "guesses", "confidence", "log_prob", "entropy", "revealed", "taken_back", "step_map",
+        "block", "order", "order_log_prob", "times",
+    )  # fmt: skip
+    per_chain = ("step_map",)
+
     prompt_ids: Tensor
     response_ids: Tensor
     valid: Tensor
-    active: Tensor
     given: Tensor
-    planned: Tensor
-    forwards: int
     mask_id: int
     states: Tensor | None = None
-    guesses: Tensor | None = None
     confidence: Tensor | None = None
     log_prob: Tensor | None = None
     entropy: Tensor | None = None
@@ -83,18 +176,14 @@ class Trajectory:
     times: Tensor | None = None
     expert_share: Tensor | None = None
 
-    def __len__(self) -> int:
-        return self.response_ids.shape[0]
+    @property
+    def decided(self) -> Tensor:
+        """(B, S) True at the steps that chose something, which can be trained."""
+        return self.active
 
     @property
-    def steps(self) -> int:
-        """S, the number of steps of the longest chain."""
-        return self.active.shape[1]
-
-    @property
-    def last_steps(self) -> Tensor:
-        """(B,) the last active step of every chain."""
-        return (self.active.sum(1) - 1).clamp(min=0)
+    def finished(self) -> Tensor:
+        return self.response_ids
 
     @property
     def response_valid(self) -> Tensor:
@@ -123,67 +212,39 @@ class Trajectory:
         """(N, R) True where the state was masked."""
         return (self.states_at(rows, steps) == self.mask_id) & self.response_valid[rows]
 
-    def rows(self, index: Tensor) -> Trajectory:
-        """The chains ``index`` (N,). ``forwards`` stays that of the whole batch."""
-        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Trajectory(**{n: v[index] if isinstance(v, Tensor) else v for n, v in values.items()})  # type: ignore[arg-type]
-
-    def save(self, path: str | Path) -> None:
-        """Write one safetensors file."""
-        tensors = {
-            f.name: getattr(self, f.name).contiguous()
-            for f in fields(self)
-            if isinstance(getattr(self, f.name), Tensor)
-        }
-        header = {"forwards": self.forwards, "mask_id": self.mask_id}
-        save_file(tensors, path, metadata={"unveil.trajectory": json.dumps(header)})
-
     @classmethod
-    def load(cls, path: str | Path) -> Trajectory:
-        """Read a file written by `save`.
-
-        Raises:
-            UserError: the file is missing, broken, or not a trajectory.
-        """
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if "unveil.trajectory" not in metadata:
-                    raise UserError(f"{path}: not a trajectory file")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: not a readable trajectory file: {error}") from error
-        try:
-            return cls(**tensors, **json.loads(metadata["unveil.trajectory"]))
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{path}: not a trajectory file of this version: {error}") from error
-
-
-def concatenate(parts: list[Trajectory]) -> Trajectory:
-    """Trajectories of batches with one response width, as one; step axes and prompts are padded to the longest.
-
-    A field that one part lacks is dropped, except that chains without an ``expert_share`` have 0.
-    """
-    steps = max(part.steps for part in parts)
-    width = max(part.prompt_ids.shape[1] for part in parts)
-    joined: dict[str, Tensor | None] = {}
-    for name in ("prompt_ids", "response_ids", "valid", "active", "given", "planned", *OPTIONAL, "expert_share"):
-        values = [getattr(part, name) for part in parts]
-        if name == "expert_share" and any(value is not None for value in values):
-            values = [v if v is not None else torch.zeros(len(p)) for v, p in zip(values, parts, strict=True)]
-        if any(value is None for value in values):
-            joined[name] = None
-            continue
-        if name == "active" or (name in OPTIONAL and name not in PER_CHAIN):
-            idle = [part.response_ids if name in ("states", "guesses") else None for part in parts]
-            values = [_pad_steps(value, steps, rest) for value, rest in zip(values, idle, strict=True)]
-        if name in ("prompt_ids", "valid"):
-            values = [_pad_prompts(v, width - p.prompt_ids.shape[1]) for v, p in zip(values, parts, strict=True)]
-        joined[name] = torch.cat(values)
-    return Trajectory(**joined, forwards=sum(part.forwards for part in parts), mask_id=parts[0].mask_id)  # type: ignore[arg-type]
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """See `Trajectory.joined`; responses have one width, prompts are padded to the longest. Chains without an
+        ``expert_share`` have 0."""
+        steps = max(part.steps for part in parts)
+        width = max(part.prompt_ids.shape[1] for part in parts)
+        joined: dict[str, Tensor | None] = {}
+        names = ("prompt_ids", "response_ids", "valid", "active", "given", "planned", *cls.optional, "expert_share")
+        for name in names:
+            values = [getattr(part, name) for part in parts]
+            if name == "expert_share" and any(value is not None for value in values):
+                values = [v if v is not None else torch.zeros(len(p)) for v, p in zip(values, parts, strict=True)]
+            if any(value is None for value in values):
+                joined[name] = None
+                continue
+            if name == "active" or (name in cls.optional and name not in cls.per_chain):
+                idle = [part.response_ids if name in ("states", "guesses") else None for part in parts]
+                values = [pad_steps(value, steps, rest) for value, rest in zip(values, idle, strict=True)]
+            if name in ("prompt_ids", "valid"):
+                values = [_pad_prompts(v, width - p.prompt_ids.shape[1]) for v, p in zip(values, parts, strict=True)]
+            joined[name] = torch.cat(values)
+        return cls(**joined, forwards=sum(part.forwards for part in parts), mask_id=parts[0].mask_id)  # type: ignore[arg-type]
 
 
-def check_needs(needs: Iterable[str], refused: Mapping[str, str]) -> frozenset[str]:
+T = TypeVar("T", bound=Trajectory)
+
+
+def concatenate(parts: Sequence[T]) -> T:
+    """Trajectories of batches, all of one kind, as one: see `Trajectory.joined`."""
+    return type(parts[0]).joined(parts)
+
+
+def check_needs(needs: Iterable[str], kind: type[Trajectory], refused: Mapping[str, str]) -> frozenset[str]:
     """Validate the names of fields that a reader asks for; ``refused`` says why a sampler cannot record some.
 
     Raises:
@@ -191,19 +252,20 @@ def check_needs(needs: Iterable[str], refused: Mapping[str, str]) -> frozenset[s
     """
     wanted = frozenset(needs)
     for name in sorted(wanted):
-        if name not in OPTIONAL:
-            raise UserError(f"trajectory field {name!r} does not exist{did_you_mean(name, OPTIONAL)}")
+        if name not in kind.optional:
+            raise UserError(f"trajectory field {name!r} does not exist{did_you_mean(name, kind.optional)}")
         if name in refused:
             raise UserError(f"trajectory field {name!r} {refused[name]}")
     return wanted
 
 
-def _pad_steps(value: Tensor, steps: int, idle: Tensor | None) -> Tensor:
-    """``value`` (B, S, ...) for more steps: filled with the finished responses ``idle`` (B, R), or with zeros."""
+def pad_steps(value: Tensor, steps: int, idle: Tensor | None) -> Tensor:
+    """``value`` (B, S, ...) for more steps: filled with the finished samples ``idle`` (B, ...), or with zeros."""
     missing = steps - value.shape[1]
     if idle is None:
         return torch.cat([value, value.new_zeros(value.shape[0], missing, *value.shape[2:])], dim=1)
-    return torch.cat([value, idle[:, None].expand(-1, missing, -1).to(value.dtype)], dim=1)
+    rest = idle[:, None].expand(-1, missing, *idle.shape[1:])
+    return torch.cat([value, rest.to(value.dtype)], dim=1)
 
 
 def _pad_prompts(value: Tensor, missing: int) -> Tensor:

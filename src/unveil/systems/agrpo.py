@@ -32,9 +32,10 @@ from torch import Tensor
 from unveil.denoisers.base import DenoiserSpec
 from unveil.learning.advantages import GroupAdvantage
 from unveil.learning.likelihoods import TrajectoryLikelihood
-from unveil.learning.objectives import Clipped, Kl, TokenSum
+from unveil.learning.objectives import Clipped, TokenSum
+from unveil.learning.regularisers import Kl
 from unveil.learning.selectors import Selector
-from unveil.samplers.trajectory import Trajectory
+from unveil.samplers.trajectory import TokenTrajectory
 from unveil.seeds import generator
 from unveil.systems import System
 
@@ -63,7 +64,9 @@ class DrawnSteps(Selector, name="drawn"):
         fields = {"guesses", "revealed"}
         self.needs = frozenset(fields | {"entropy"} if self.by == "entropy" else fields)
 
-    def choose(self, advantages: Tensor, trajectory: Trajectory, seeds: Sequence[int], spec: DenoiserSpec) -> Tensor:
+    def choose(
+        self, advantages: Tensor, trajectory: TokenTrajectory, seeds: Sequence[int], spec: DenoiserSpec
+    ) -> Tensor:
         chance = self.chances(trajectory, spec)
         steps = (chance > 0).sum(1, keepdim=True)
         uniform = [torch.rand(self.draws, generator=generator(seed, "steps"), dtype=torch.float64) for seed in seeds]
@@ -75,7 +78,7 @@ class DrawnSteps(Selector, name="drawn"):
             weight = weight / steps
         return torch.zeros_like(chance).scatter_add_(1, drawn, weight).float()
 
-    def chances(self, trajectory: Trajectory, spec: DenoiserSpec) -> Tensor:
+    def chances(self, trajectory: TokenTrajectory, spec: DenoiserSpec) -> Tensor:
         """(B, S) probability of each step, float64, 0 behind the last that reveals a token other than an end token."""
         assert trajectory.revealed is not None and trajectory.guesses is not None
         text = trajectory.revealed & ~torch.isin(trajectory.guesses, torch.tensor(spec.end_ids))

@@ -39,7 +39,8 @@ from torch import Tensor
 from unveil.denoisers.base import DenoiserSpec
 from unveil.learning.advantages import GroupAdvantage
 from unveil.learning.likelihoods import TrajectoryLikelihood
-from unveil.learning.objectives import Clipped, Kl, StepMean
+from unveil.learning.objectives import Clipped, StepMean
+from unveil.learning.regularisers import Kl
 from unveil.registry import UserError
 from unveil.samplers.rules import Rule, StepView
 from unveil.samplers.transforms import Transform

@@ -23,7 +23,8 @@ from dataclasses import dataclass, field
 
 from unveil.learning.advantages import GroupAdvantage
 from unveil.learning.estimators import Coupled
-from unveil.learning.objectives import Clipped, Kl, TokenMean
+from unveil.learning.objectives import Clipped, TokenMean
+from unveil.learning.regularisers import Kl
 from unveil.systems import System
 
 SYSTEM = System(

@@ -44,11 +44,12 @@ from torch import Tensor, nn
 from unveil.denoisers.transformer import Block, TransformerConfig
 from unveil.denoisers.unmask import UnmaskInputs, UnmaskNetwork
 from unveil.learning.advantages import GroupAdvantage
-from unveil.learning.likelihoods import TrajectoryLikelihood, Views
-from unveil.learning.objectives import Clipped, Kl, Weighting
+from unveil.learning.likelihoods import TokenViews, TrajectoryLikelihood
+from unveil.learning.objectives import Clipped, Weighting
+from unveil.learning.regularisers import Kl
 from unveil.learning.selectors import NonZero
 from unveil.samplers.actions import PlackettLuce
-from unveil.samplers.trajectory import Trajectory
+from unveil.samplers.trajectory import TokenTrajectory
 from unveil.systems import System
 
 SYSTEM = System(
@@ -161,7 +162,7 @@ class ValidMean(Weighting, name="dcolt"):
     """For ``objective.level: part``: the tokens of a step together, and its order, each weigh as much as the step."""
 
     def weights(
-        self, views: Views, advantage: Tensor, trajectory: Trajectory, total: Callable[[float], float]
+        self, views: TokenViews, advantage: Tensor, trajectory: TokenTrajectory, total: Callable[[float], float]
     ) -> tuple[Tensor, Tensor]:
         items = views.items.float()
         share = items.sum(1, keepdim=True).expand_as(items)

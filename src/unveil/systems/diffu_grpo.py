@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 
 from unveil.learning.advantages import GroupAdvantage
 from unveil.learning.likelihoods import OneStepLikelihood
-from unveil.learning.objectives import Clipped, Kl, TokenMean
+from unveil.learning.objectives import Clipped, TokenMean
+from unveil.learning.regularisers import Kl
 from unveil.systems import System
 
 SYSTEM = System(

@@ -29,7 +29,8 @@ from typing import Literal
 
 from unveil.learning.advantages import GroupAdvantage
 from unveil.learning.estimators import SemiDeterministic
-from unveil.learning.objectives import Clipped, Kl, SequenceMean
+from unveil.learning.objectives import Clipped, SequenceMean
+from unveil.learning.regularisers import Kl
 from unveil.systems import System
 
 SYSTEM = System(

@@ -35,11 +35,13 @@ from torch import Tensor
 
 from unveil.denoisers.base import MaskedDenoiser
 from unveil.learning.advantages import GroupAdvantage
-from unveil.learning.likelihoods import Likelihood, OneStepLikelihood, TokenFilter, Views
-from unveil.learning.objectives import Clipped, Kl, SequenceMean, Weighting
+from unveil.learning.likelihoods import OneStepLikelihood, TokenViews
+from unveil.learning.objectives import Clipped, SequenceMean, Weighting
+from unveil.learning.regularisers import Kl
+from unveil.learning.views import Likelihood, TokenFilter
 from unveil.registry import UserError
 from unveil.samplers.base import Sampler
-from unveil.samplers.trajectory import Trajectory
+from unveil.samplers.trajectory import TokenTrajectory
 from unveil.seeds import generator
 from unveil.systems import System
 from unveil.tasks.base import Problem
@@ -205,7 +207,7 @@ class HintEntropy(TokenFilter, name="hint_entropy"):
     keeps_ratio: bool = False
     """True: dropped tokens only lose their weight in the mean (the released code). False: they are gone."""
 
-    def keep(self, views: Views, entropy: Tensor, trajectory: Trajectory) -> Tensor:
+    def keep(self, views: TokenViews, entropy: Tensor, trajectory: TokenTrajectory) -> Tensor:
         hint = views.scored & trajectory.given[views.rows]
         quota = (hint.sum(1) * self.share + 1e-9).floor().clamp(min=1)
         uncertain = entropy[:, : hint.shape[1]].masked_fill(~hint, -torch.inf)

@@ -32,11 +32,12 @@ from pydantic import Field
 from torch import Tensor
 
 from unveil.learning.advantages import Advantage, normalise_by_group, terminal
-from unveil.learning.likelihoods import TrajectoryLikelihood, Views
-from unveil.learning.objectives import Clipped, Kl, Weighting
+from unveil.learning.likelihoods import TokenViews, TrajectoryLikelihood
+from unveil.learning.objectives import Clipped, Weighting
+from unveil.learning.regularisers import Kl
 from unveil.learning.selectors import TopAdvantage
 from unveil.samplers.base import Sampler
-from unveil.samplers.trajectory import Trajectory
+from unveil.samplers.trajectory import TokenTrajectory
 from unveil.systems import System
 from unveil.tasks.evaluate import Judged, over_denoised
 from unveil.training.policy_config import ProblemFilter
@@ -93,7 +94,7 @@ class StepWeighting(Weighting, name="mdpo"):
     """The factor L/n of the policy term: late steps, with few holes, weigh more per token."""
 
     def weights(
-        self, views: Views, advantage: Tensor, trajectory: Trajectory, total: Callable[[float], float]
+        self, views: TokenViews, advantage: Tensor, trajectory: TokenTrajectory, total: Callable[[float], float]
     ) -> tuple[Tensor, Tensor]:
         holes = views.holes[:, None] + 1e-4
         each = views.scored / holes / total(float(len(trajectory)))

@@ -42,7 +42,7 @@ from unveil.samplers.actions import Bernoulli
 from unveil.samplers.base import Sampler
 from unveil.samplers.masked import MaskedSampler
 from unveil.samplers.rules import Threshold
-from unveil.samplers.trajectory import Trajectory
+from unveil.samplers.trajectory import TokenTrajectory
 from unveil.systems import System
 from unveil.training.rollouts import GroupHook, Roll, Rollouts, Shaping
 
@@ -156,7 +156,7 @@ class Speed(Shaping, name="speed"):
     form: Literal["multiplicative", "additive"] = "multiplicative"
     """R ((L - min(steps, L) + 1) / L)^alpha, or R - alpha steps / L, which is paid for being wrong at once."""
 
-    def shape(self, rewards: Tensor, trajectory: Trajectory) -> Tensor:
+    def shape(self, rewards: Tensor, trajectory: TokenTrajectory) -> Tensor:
         steps, length = trajectory.active.sum(1, keepdim=True), trajectory.response_valid.sum(1, keepdim=True)
         if self.form == "additive":
             return (rewards - self.alpha * steps / length) * trajectory.active

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from unveil.registry import Plugin
 
 Split = Literal["train", "test"]
+Medium = Literal["text", "image"]
+"""What a sample is: a string, or a tensor (C, H, W) of floats in [0, 1]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +19,7 @@ class Problem:
 
     Attributes:
         id: stable name, unique within the task and split; group statistics and seeds derive from it.
-        prompt: the text that the model sees.
+        prompt: the text that the model sees; "" asks an image model for anything.
         answer: what the verifier needs (numbers and target, puzzle and solution ...), JSON-serialisable.
         solution: one correct completion, for supervised learning; None where a data file gives none.
     """
@@ -30,12 +32,13 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What the verifier says of one completion.
+    """What the verifier says of one sample.
 
     Attributes:
         correct: whether the task is solved. Accuracy is the mean of this and of nothing else.
-        score: shaped score in [0, 1]; equals 1 exactly where ``correct``, may give partial credit elsewhere.
-        metrics: further named numbers (``well_formed``, ``right_numbers`` ...), same keys for every completion.
+        score: shaped score in [0, 1]. Of an exact verifier it equals 1 exactly where ``correct`` and may give partial
+            credit elsewhere; of a judge that is a network it is how sure the judge is.
+        metrics: further named numbers (``well_formed``, ``right_numbers`` ...), same keys for every sample.
     """
 
     correct: bool
@@ -46,6 +49,9 @@ class Verdict:
 class Task(Plugin, family="task"):
     """A source of problems with a verifier. Problems of ``train`` and ``test`` never overlap."""
 
+    medium: ClassVar[Medium] = "text"
+    """What its samples are; only a model of the same medium can work on it."""
+
     def problems(self, split: Split, count: int, seed: int) -> list[Problem]:
         """``count`` different problems; the same arguments give the same list. Ids are unique within the list.
 
@@ -54,6 +60,14 @@ class Task(Plugin, family="task"):
         """
         raise NotImplementedError
 
-    def check(self, problem: Problem, completion: str) -> Verdict:
-        """Judge one completion (special tokens already removed). Never raises on any string."""
+    def check(self, problem: Problem, completion: Any) -> Verdict:
+        """Judge one sample: a string without special tokens, or a tensor (C, H, W) in [0, 1]. Never raises on any."""
         raise NotImplementedError
+
+    def check_all(self, problems: Sequence[Problem], samples: Sequence[Any]) -> list[Verdict]:
+        """`check` of N samples. A judge that is a network looks at all of them at once."""
+        return [self.check(problem, sample) for problem, sample in zip(problems, samples, strict=True)]
+
+    def measure(self, problems: Sequence[Problem], samples: Sequence[Any]) -> dict[str, float]:
+        """What N samples together say (how varied they are, how far from real data); empty if there is nothing."""
+        return {}

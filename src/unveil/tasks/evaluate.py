@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from unveil.denoisers.base import MaskedDenoiser
+from unveil.denoisers.base import Denoiser
 from unveil.samplers.base import Sampler
-from unveil.samplers.canvas import Canvas
-from unveil.samplers.text import encode_prompts, response_texts
 from unveil.samplers.trajectory import Trajectory
 from unveil.seeds import derive_seed
 from unveil.tasks.base import Problem, Task, Verdict
+from unveil.tasks.medium import Origins, Sample, medium_of, text_tokens, unigram_entropy
+from unveil.tasks.statistics import wilson
+
+__all__ = [
+    "Evaluation", "GenerativeQuality", "Judged", "evaluate", "generative_perplexity", "judge", "over_denoised",
+    "sample_problems", "text_tokens", "unigram_entropy",
+]  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -23,43 +29,46 @@ class Judged:
     """Verdicts of one trajectory.
 
     Attributes:
-        texts: B finished responses.
+        samples: B finished samples: texts, or images (C, H, W) in [0, 1].
         verdicts: B verdicts of them.
         guess_correct: (B, S) whether the full guess of every step was right; the last active step is the finished
-            response. None if guesses were not recorded.
+            sample. None if guesses were not recorded.
         guess_score: (B, S) their shaped scores.
-        guess_texts: B lists of S texts, the guess of every step.
+        guess_samples: B lists of S samples, the guess of every step.
     """
 
-    texts: list[str]
+    samples: list[Sample]
     verdicts: list[Verdict]
     guess_correct: Tensor | None = None
     guess_score: Tensor | None = None
-    guess_texts: list[list[str]] | None = None
+    guess_samples: list[list[Sample]] | None = None
 
 
-def judge(task: Task, problems: Sequence[Problem], denoiser: MaskedDenoiser, trajectory: Trajectory) -> Judged:
-    """Verify the finished responses and, where recorded, the guess of every step (T verifier calls per rollout).
+def judge(task: Task, problems: Sequence[Problem], denoiser: Denoiser, trajectory: Trajectory) -> Judged:
+    """Verify the finished samples and, where recorded, the guess of every step (S verdicts per chain).
 
-    A text that a problem has already been judged on is not judged again: neighbouring guesses are mostly equal.
+    What a problem has already been judged on is not judged again: neighbouring guesses of text are mostly equal.
     """
-    seen: dict[tuple[int, str], Verdict] = {}
+    medium = medium_of(denoiser)
+    seen: dict[tuple[int, Hashable], Verdict] = {}
 
-    def verdict(row: int, text: str) -> Verdict:
-        if (row, text) not in seen:
-            seen[row, text] = task.check(problems[row], text)
-        return seen[row, text]
+    def verdicts(rows: Sequence[int], samples: Sequence[Sample]) -> list[Verdict]:
+        keys = [(row, medium.key(sample)) for row, sample in zip(rows, samples, strict=True)]
+        new = {key: place for place, key in enumerate(keys) if key not in seen}
+        found = task.check_all([problems[rows[p]] for p in new.values()], [samples[p] for p in new.values()])
+        seen.update(zip(new, found, strict=True))
+        return [seen[key] for key in keys]
 
-    texts = response_texts(denoiser, trajectory.response_ids)
-    judged = Judged(texts=texts, verdicts=[verdict(row, text) for row, text in enumerate(texts)])
+    samples = medium.samples(denoiser, trajectory.finished)
+    judged = Judged(samples=samples, verdicts=verdicts(range(len(samples)), samples))
     if trajectory.guesses is None:
         return judged
     batch, steps = trajectory.active.shape
-    guesses = response_texts(denoiser, trajectory.guesses.flatten(0, 1))
-    verdicts = [verdict(place // steps, text) for place, text in enumerate(guesses)]
-    judged.guess_texts = [guesses[row * steps : (row + 1) * steps] for row in range(batch)]
-    judged.guess_correct = torch.tensor([v.correct for v in verdicts]).view(batch, steps) & trajectory.active
-    judged.guess_score = torch.tensor([v.score for v in verdicts]).view(batch, steps) * trajectory.active
+    guesses = medium.samples(denoiser, trajectory.guesses.flatten(0, 1))
+    said = verdicts([place // steps for place in range(len(guesses))], guesses)
+    judged.guess_samples = [guesses[row * steps : (row + 1) * steps] for row in range(batch)]
+    judged.guess_correct = torch.tensor([v.correct for v in said]).view(batch, steps) & trajectory.active
+    judged.guess_score = torch.tensor([v.score for v in said]).view(batch, steps) * trajectory.active
     if steps:
         # A chain that ends with holes has a guess for them that it never committed.
         last = trajectory.last_steps[:, None]
@@ -80,100 +89,84 @@ class Evaluation:
     """One decoder's result on a list of problems.
 
     Attributes:
-        accuracy: share of correct finished responses, with its 95 % Wilson interval ``low`` .. ``high``.
+        accuracy: share of correct finished samples, with its 95 % Wilson interval ``low`` .. ``high``.
         score: mean shaped score.
-        ever_correct: share of problems with a right guess at any step.
-        over_denoising: share with a right guess at some step and a wrong end.
-        guess_accuracy: accuracy of the guess at every step.
-        sample_entropy: mean over problems of the response's unigram entropy in nats, see `unigram_entropy`.
-        forwards: sequence-forwards spent.
+        forwards: network evaluations spent, counted per sample.
         steps_per_chain: mean number of denoising steps of a chain, its NFE.
-        unfinished: share of chains that ended with holes (rules that may waste steps).
-        texts, correct, scores: per problem.
+        unfinished: share of chains that ended before their sample was whole (rules that may waste steps).
+        samples, correct, scores: per problem.
+        ever_correct: share of problems with a right guess at any step; None where guesses are not judged.
+        over_denoising: share with a right guess at some step and a wrong end; likewise.
+        guess_accuracy: accuracy of the guess at every step; likewise.
+        numbers: what the medium and the task have to say besides (``sample_entropy``: mean over problems of the
+            response's unigram entropy in nats; ``measure/NAME``: statistics of the whole set).
     """
 
     accuracy: float
     low: float
     high: float
     score: float
-    ever_correct: float
-    over_denoising: float
-    guess_accuracy: list[float]
-    sample_entropy: float
     forwards: int
     steps_per_chain: float
     unfinished: float
-    texts: list[str]
+    samples: list[Sample]
     correct: list[bool]
     scores: list[float]
+    ever_correct: float | None = None
+    over_denoising: float | None = None
+    guess_accuracy: list[float] | None = None
+    numbers: dict[str, float] = field(default_factory=dict)
 
     def summary(self) -> dict[str, float]:
         """The scalar results, for tables and logs."""
         names = (
-            "accuracy", "low", "high", "score", "ever_correct", "over_denoising", "sample_entropy", "forwards",
-            "steps_per_chain", "unfinished",
+            "accuracy", "low", "high", "score", "ever_correct", "over_denoising", "forwards", "steps_per_chain",
+            "unfinished",
         )  # fmt: skip
-        return {name: getattr(self, name) for name in names} | {"problems": len(self.texts)}
+        known = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return known | self.numbers | {"problems": len(self.samples)}
 
 
 def evaluate(
-    denoiser: MaskedDenoiser,
+    denoiser: Denoiser,
     task: Task,
     problems: Sequence[Problem],
     sampler: Sampler,
     *,
-    response_length: int,
+    response_length: int | None = None,
     seed: int = 0,
     batch_size: int = 128,
     on_batch: Callable[[int], None] | None = None,
 ) -> Evaluation:
-    """Decode every problem once and judge every step's guess."""
+    """Decode every problem once and judge the sample; of text also every step's guess."""
+    medium = medium_of(denoiser)
     trajectory = sample_problems(
         denoiser, problems, sampler, response_length=response_length, seed=seed, batch_size=batch_size,
-        needs={"guesses"}, on_batch=on_batch,
+        needs=medium.evaluated, on_batch=on_batch,
     )  # fmt: skip
     judged = judge(task, problems, denoiser, trajectory)
-    assert judged.guess_correct is not None
     correct = [verdict.correct for verdict in judged.verdicts]
     low, high = wilson(sum(correct), len(correct))
-    steps = trajectory.active.sum(0).clamp(min=1)
-    return Evaluation(
+    measured = {f"measure/{name}": value for name, value in task.measure(problems, judged.samples).items()}
+    result = Evaluation(
         accuracy=sum(correct) / len(correct),
         low=low,
         high=high,
         score=sum(verdict.score for verdict in judged.verdicts) / len(correct),
-        ever_correct=(judged.guess_correct.any(1) | torch.tensor(correct)).float().mean().item(),
-        over_denoising=over_denoised(judged).float().mean().item(),
-        guess_accuracy=(judged.guess_correct.sum(0) / steps).tolist(),
-        sample_entropy=unigram_entropy(trajectory.response_ids, text_tokens(denoiser, trajectory)).mean().item(),
         forwards=trajectory.forwards,
         steps_per_chain=trajectory.active.sum(1).float().mean().item(),
         unfinished=trajectory.unfinished.float().mean().item(),
-        texts=judged.texts,
+        samples=judged.samples,
         correct=correct,
         scores=[verdict.score for verdict in judged.verdicts],
+        numbers=medium.numbers(denoiser, trajectory) | measured,
     )
-
-
-def text_tokens(denoiser: MaskedDenoiser, trajectory: Trajectory) -> Tensor:
-    """(B, R) True at the tokens of each response before its first end token; holes are no tokens."""
-    ends = torch.isin(trajectory.response_ids, torch.tensor(denoiser.spec.end_ids))
-    tokens = trajectory.response_valid & (trajectory.response_ids != trajectory.mask_id)
-    return tokens & (ends.cumsum(1) == 0)
-
-
-def unigram_entropy(ids: Tensor, counted: Tensor) -> Tensor:
-    """-sum p log p in nats of the token frequencies within each sequence, (B,) float64; 0 where nothing is counted.
-
-    Args:
-        ids: (B, R) tokens.
-        counted: (B, R) which of them count.
-    """
-    rows = []
-    for row, own in zip(ids, counted, strict=True):
-        frequency = row[own].unique(return_counts=True)[1].double()
-        rows.append(torch.special.entr(frequency / frequency.sum()).sum())
-    return torch.stack(rows)
+    if judged.guess_correct is not None:
+        steps = trajectory.active.sum(0).clamp(min=1)
+        result.ever_correct = (judged.guess_correct.any(1) | torch.tensor(correct)).float().mean().item()
+        result.over_denoising = over_denoised(judged).float().mean().item()
+        result.guess_accuracy = (judged.guess_correct.sum(0) / steps).tolist()
+    return result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,42 +195,46 @@ def generative_perplexity(judge: Callable[[Tensor], Tensor], ids: Tensor, counte
     return GenerativeQuality(perplexity=math.exp(-float(mean)), sample_entropy=float(entropy))
 
 
+def chain_copies(problems: Sequence[Problem]) -> list[int]:
+    """How often each chain's problem was listed before it."""
+    copies: dict[str, int] = {}
+    found = []
+    for problem in problems:
+        copies[problem.id] = copies.get(problem.id, -1) + 1
+        found.append(copies[problem.id])
+    return found
+
+
+def chain_seeds(problems: Sequence[Problem], seed: int) -> list[int]:
+    """One seed per chain: of the run's seed, the problem, and how often it was listed before."""
+    copies = chain_copies(problems)
+    return [derive_seed(seed, problem.id, copy) for problem, copy in zip(problems, copies, strict=True)]
+
+
 def sample_problems(
-    denoiser: MaskedDenoiser,
+    denoiser: Denoiser,
     problems: Sequence[Problem],
     sampler: Sampler,
     *,
-    response_length: int,
+    response_length: int | None = None,
     seed: int,
-    needs: set[str],
+    needs: Iterable[str],
     batch_size: int | None = None,
     on_batch: Callable[[int], None] | None = None,
-    initial: Sequence[Sequence[int]] | None = None,
-    frozen: Sequence[Sequence[bool]] | None = None,
-) -> Trajectory:
+    **how: Any,
+) -> Any:
     """One chain per problem; a problem that is listed G times gets G chains with noise of their own.
 
-    ``initial`` and ``frozen`` say where responses start (`Canvas.of`).
+    ``how`` says where chains start (`Medium.start`): of text, ``initial`` and ``frozen`` as in `Canvas.of`.
     """
-    prompts = encode_prompts(denoiser, [p.prompt for p in problems])
-    canvas = Canvas.of(prompts, response_length, denoiser.spec, initial=initial, frozen=frozen)
-    copies: dict[str, int] = {}
-    seeds = []
-    for problem in problems:
-        copies[problem.id] = copies.get(problem.id, -1) + 1
-        seeds.append(derive_seed(seed, problem.id, copies[problem.id]))
+    copies = chain_copies(problems)
+    origins = Origins(problems=[derive_seed(seed, problem.id) for problem in problems], copies=copies)
+    seeds = chain_seeds(problems, seed)
+    prompts = [problem.prompt for problem in problems]
+    start = medium_of(denoiser).start(denoiser, prompts, response_length, origins, **how)
     was_training = denoiser.training
     denoiser.eval()
     try:
-        return sampler.sample(denoiser, canvas, seeds, needs=needs, batch_size=batch_size, on_batch=on_batch)
+        return sampler.sample(denoiser, start, seeds, needs=needs, batch_size=batch_size, on_batch=on_batch)
     finally:
         denoiser.train(was_training)
-
-
-def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson score interval of a proportion."""
-    p = successes / trials
-    centre = p + z * z / (2 * trials)
-    spread = z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
-    scale = 1 + z * z / trials
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)

@@ -14,6 +14,8 @@ from unveil.denoisers.base import MaskedDenoiser
 from unveil.denoisers.convert import Conversion
 from unveil.denoisers.decoders import DecoderDenoiser
 from unveil.learning.denoising import Corrupted, corrupt, elbo_loss
+from unveil.learning.matching import TimeDistribution, UniformTimes
+from unveil.processes.gaussian import Prediction
 from unveil.registry import UserError
 from unveil.samplers.base import Sampler
 from unveil.samplers.canvas import Canvas
@@ -40,6 +42,18 @@ class MixedTask:
 
 
 @dataclass(kw_only=True)
+class MatchingConfig:
+    """How a continuous denoiser is taught."""
+
+    times: TimeDistribution = field(default_factory=UniformTimes)
+    """At which times."""
+    space: Prediction | None = None
+    """The parameterisation whose squared error counts; None: what the network predicts."""
+    drop_prompt: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of examples that are learned without their prompt, for the unconditional model of guidance."""
+
+
+@dataclass(kw_only=True)
 class DenoisingConfig:
     """What the denoiser is taught."""
 
@@ -51,12 +65,14 @@ class DenoisingConfig:
     """JSON lines with ``text`` instead: documents, an end token after each, joined and cut into full responses without
     a prompt (pre-training)."""
     response_length: Annotated[int, Field(ge=1)] = 12
-    """Response positions; shorter solutions are filled up with end tokens, which are learned like text."""
+    """Response positions of a model of text; shorter solutions are filled up with end tokens, learned like text."""
     batch: Annotated[int, Field(ge=1)] = 128
     """Examples per update."""
     form: Literal["time", "count"] = "count"
-    """ELBO estimator: t uniform with weight 1/t (all that networks which are told the time can use), or n masks
-    uniform with the exact weight length/n."""
+    """ELBO estimator of a model of text: t uniform with weight 1/t (all that networks which are told the time can use),
+    or n masks uniform with the exact weight length/n."""
+    matching: MatchingConfig = field(default_factory=MatchingConfig)
+    """The loss of a model of images."""
 
 
 @dataclass(kw_only=True)
@@ -93,7 +109,8 @@ class DenoisingJob:
         """``conversion`` says over which updates the attention of a model that was autoregressive opens."""
         self.conversion = conversion or Conversion()
         self.trainer, self.data, self.evaluation, self.log, self.seed = trainer, data, evaluation, log, seed
-        self.denoiser: MaskedDenoiser = trainer.denoiser
+        assert isinstance(trainer.denoiser, MaskedDenoiser)
+        self.denoiser = trainer.denoiser
         self.process = self.denoiser.spec.process()
         if self.denoiser.spec.time_conditioned and data.form != "time":
             raise UserError(f"data.form: should be 'time' for a network that is told the time, got {data.form!r}")

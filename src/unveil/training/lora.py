@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from unveil.denoisers.base import MaskedDenoiser
+from unveil.denoisers.base import Denoiser
 from unveil.registry import UserError
 
 
@@ -30,8 +31,10 @@ class LoraSettings:
 class Adapter:
     """LoRA layers inside a denoiser, which stays the object that everybody holds."""
 
-    def __init__(self, denoiser: MaskedDenoiser, settings: LoraSettings, *, embedding: str | None = None) -> None:
-        """``embedding`` is the name of the layer in which the mask's row is trained beside the adapters."""
+    def __init__(
+        self, denoiser: Denoiser, settings: LoraSettings, *, rows: Mapping[str, list[int]] | None = None
+    ) -> None:
+        """``rows`` of embeddings, by the layer's name, are trained beside the adapters."""
         try:
             import peft
         except ImportError as error:
@@ -45,10 +48,10 @@ class Adapter:
             raise UserError(
                 f"model.lora.targets: no linear layer is called {missing[0]!r} (allowed: {', '.join(sorted(names))})"
             )
-        rows = None if embedding is None else {embedding: [denoiser.spec.mask_id]}
         config = peft.LoraConfig(
             r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=targets,
-            trainable_token_indices=rows, fan_in_fan_out=any(kind == "Conv1D" for _, kind in kinds),  # GPT-2
+            fan_in_fan_out=any(kind == "Conv1D" for _, kind in kinds),  # GPT-2's linear layers
+            trainable_token_indices=None if rows is None else dict(rows),
         )  # fmt: skip
         self.denoiser = denoiser
         self.wrapped: Any = peft.get_peft_model(denoiser, config)
@@ -61,7 +64,7 @@ class Adapter:
         """adapter_config.json and adapter_model.safetensors, as peft opens them."""
         self.wrapped.save_pretrained(str(folder))
 
-    def merge(self) -> MaskedDenoiser:
+    def merge(self) -> Denoiser:
         """Fold the adapters into the weights; the denoiser is then an ordinary one again."""
         self.wrapped.merge_and_unload()
         return self.denoiser

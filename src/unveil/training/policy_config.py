@@ -9,9 +9,11 @@ from pydantic import Field
 from torch import Tensor
 
 from unveil.learning.advantages import Advantage, GroupAdvantage
-from unveil.learning.likelihoods import Likelihood, TokenFilter, TrajectoryLikelihood
-from unveil.learning.objectives import Clipped, Kl, Objective, TokenMean, Weighting
+from unveil.learning.likelihoods import TrajectoryLikelihood
+from unveil.learning.objectives import Clipped, Objective, TokenMean, Weighting
+from unveil.learning.regularisers import Kl, Regulariser
 from unveil.learning.selectors import AllSteps, Selector
+from unveil.learning.views import Likelihood, TokenFilter
 from unveil.registry import Plugin, UserError
 from unveil.rewards.base import Correct, Reward
 from unveil.samplers.base import Sampler
@@ -40,9 +42,9 @@ class RolloutConfig:
     """How samples are drawn for training."""
 
     sampler: Sampler
-    """The decoder; its temperature is also that of the log-probabilities."""
-    response_length: Annotated[int, Field(ge=1)] = 12
-    """Response positions."""
+    """The decoder; the log-probabilities are those of what it draws from."""
+    response_length: Annotated[int, Field(ge=1)] | None = None
+    """Response positions of text; None for samples whose shape is the network's."""
     prompts: Annotated[int, Field(ge=1)] = 16
     """Problems per update."""
     group_size: Annotated[int, Field(ge=2)] = 8
@@ -81,8 +83,8 @@ class PolicyConfig:
     """How it becomes a loss."""
     weighting: Weighting = field(default_factory=TokenMean)
     """Who is averaged over what."""
-    kl: Kl = field(default_factory=Kl)
-    """What holds the policy back."""
+    kl: Regulariser = field(default_factory=Kl)
+    """What holds the policy back; without a name an estimate of the KL divergence."""
     inner_updates: Annotated[int, Field(ge=1)] = 1
     """Gradient steps on the same rollouts, with stored old log-probabilities."""
 

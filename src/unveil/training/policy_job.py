@@ -4,23 +4,23 @@ rollouts and the gradient steps on it."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from unveil.learning.advantages import Advantage, terminal
-from unveil.learning.likelihoods import Inner, Scores, Views, without
-from unveil.learning.objectives import unit_of
+from unveil.learning.views import Inner
 from unveil.registry import UserError
 from unveil.samplers.base import Sampler
 from unveil.samplers.masked import MaskedSampler
-from unveil.samplers.text import encode_prompts
 from unveil.seeds import derive_seed, generator
 from unveil.tasks.base import Problem
-from unveil.tasks.evaluate import evaluate, judge, over_denoised, sample_problems
+from unveil.tasks.evaluate import chain_copies, evaluate, judge, over_denoised, sample_problems
+from unveil.tasks.medium import medium_of
+from unveil.training.gradient_steps import GradientSteps, Means
 from unveil.training.log import RunLog
 from unveil.training.policy_config import PolicyConfig, PolicyEval, ProblemFilter
 from unveil.training.records import sample_records, trajectory_records
@@ -46,24 +46,26 @@ class PolicyJob:
             seed,
         )
         self.denoiser = trainer.denoiser
+        self.medium = medium_of(self.denoiser)
+        self.steps = GradientSteps(trainer, policy)
         rollout = policy.rollout
+        if policy.task.medium != self.denoiser.medium:
+            raise UserError(
+                f"policy.task: {policy.task.name!r} judges samples of kind {policy.task.medium!r}, the model draws "
+                f"{self.denoiser.medium!r}"
+            )
         for sampler in [*self._training_samplers(), *evaluation.decoders.values()]:
-            sampler.check_fits(rollout.response_length)
             sampler.check_denoiser(self.denoiser)
+            sampler.check_fits(rollout.response_length)
         policy.likelihood.check_fits(rollout.sampler, self.denoiser)
         if policy.groups is not None:
             policy.groups.check_fits(rollout.sampler, rollout.group_size, rollout.response_length)
-        if rollout.sampler.temperature == 0 and policy.likelihood.scores_tokens:
+        if rollout.sampler.greedy and policy.likelihood.scores_samples:
             raise UserError(
                 "policy.rollout.sampler.temperature: should be greater than 0, got 0 (a group would be all equal)"
             )
         self.held_out = policy.task.problems("test", evaluation.problems, 0)
-        longest = max(len(ids) for ids in encode_prompts(self.denoiser, [p.prompt for p in self.held_out]))
-        if longest + rollout.response_length > self.denoiser.spec.context_length:
-            raise UserError(
-                f"policy.rollout.response_length: {rollout.response_length} and prompts of up to {longest} tokens "
-                f"do not fit the model's canvas (at most {self.denoiser.spec.context_length} tokens)"
-            )
+        self.medium.check_fits(self.denoiser, [p.prompt for p in self.held_out], rollout.response_length)
         if rollout.prompts < trainer.ranks.world:
             raise UserError(
                 f"policy.rollout.prompts: {rollout.prompts} are fewer than the {trainer.ranks.world} processes"
@@ -99,21 +101,21 @@ class PolicyJob:
             chosen = policy.selector.choose(advantages, trajectory, rollouts.seeds, self.denoiser.spec)
         inner = policy.inner_updates
         views = inner if policy.likelihood.resamples else 1
-        batches = [self._batch(rollouts, advantages, chosen, Inner(number, inner)) for number in range(views)]
-        if policy.kl.beta > 0:
-            with self.trainer.reference():
-                for batch in batches:
-                    batch.reference = [score.log_prob for score in self._score_all(batch.views, batch.parts)]
+        batches = [
+            self.steps.batch(rollouts, advantages, chosen, Inner(number, inner), keep_old=inner > 1)
+            for number in range(views)
+        ]
+        self.steps.compare(batches)
         for number in range(inner):
             batch = batches[number % views]
-            batch.diagnostics = _Means()
-            result: dict[str, Any] = optimise(self._losses(batch) if scored else [])
+            batch.diagnostics = Means()
+            result: dict[str, Any] = optimise(self.steps.losses(batch) if scored else [])
             metrics |= result | batch.diagnostics.means()
         cost, ranks = self.trainer.cost, self.trainer.ranks
         cost.rollouts += round(ranks.total(self.rolled))
         cost.samples = cost.rollouts
-        cost.forwards += round(ranks.total(self.spent))
-        self.rolled = self.spent = 0
+        cost.forwards += round(ranks.total(self.spent + self.steps.spent))
+        self.rolled = self.spent = self.steps.spent = 0
         return metrics | {"rollouts": cost.rollouts, "optimizer_steps": cost.optimizer_steps}
 
     def evaluate(self, update: int) -> None:
@@ -133,7 +135,7 @@ class PolicyJob:
                     continue
                 self.log.metrics("eval", update, {"decoder": name, **result.summary()})
                 mark = {"step": update, "decoder": name}
-                self.log.lines("samples.jsonl", sample_records(shown, result, mark))
+                self.log.lines("samples.jsonl", sample_records(shown, result, self.medium, mark))
                 records = trajectory_records(self.denoiser, self.policy.task, shown, sampler, length, mark)
                 self.log.lines("trajectories.jsonl", records)
 
@@ -183,8 +185,7 @@ class PolicyJob:
         *,
         label: str = "",
         sampler: Sampler | None = None,
-        initial: Sequence[Sequence[int]] | None = None,
-        frozen: Sequence[Sequence[bool]] | None = None,
+        **how: Any,
     ) -> Rollouts:
         """Draw and judge one chain per problem; see `unveil.training.rollouts.Roll`."""
         policy, rollout = self.policy, self.policy.rollout
@@ -192,22 +193,21 @@ class PolicyJob:
         trajectory = sample_problems(
             self.denoiser, problems, sampler or self._sampler(update), response_length=rollout.response_length,
             seed=derive_seed(self.seed, "rollout", update, *own), needs=self._needs(), batch_size=rollout.batch_size,
-            initial=initial, frozen=frozen,
+            **how,
         )  # fmt: skip
         # Ranks are asked once at the end of an update: a hook may draw on some of them only.
         self.rolled += len(problems)
         self.spent += trajectory.forwards
         judged = judge(policy.task, problems, self.denoiser, trajectory)
-        rewarded = reward_chains(policy.reward, problems, judged, trajectory)
+        rewarded = reward_chains(policy.reward, problems, judged, trajectory, self.medium)
         self.rewarded.append(rewarded)
         rewards = rewarded.values
         if policy.shaping is not None:
             rewards = policy.shaping.shape(rewards, trajectory) * rewarded.known[:, None]
-        copies: dict[str, int] = {}
-        seeds = []
-        for problem in problems:
-            copies[problem.id] = copies.get(problem.id, -1) + 1
-            seeds.append(derive_seed(self.seed, "chain", update, problem.id, copies[problem.id], *own))
+        seeds = [
+            derive_seed(self.seed, "chain", update, problem.id, copy, *own)
+            for problem, copy in zip(problems, chain_copies(problems), strict=True)
+        ]
         return Rollouts(
             problems=problems, group=group, trajectory=trajectory, judged=judged, rewards=rewards,
             known=rewarded.known, seeds=seeds,
@@ -216,7 +216,7 @@ class PolicyJob:
     def _sampler(self, update: int) -> Sampler:
         rollout = self.policy.rollout
         if not rollout.block_lengths:
-            return rollout.sampler
+            return rollout.sampler.at(update, self.seed)
         assert isinstance(rollout.sampler, MaskedSampler)
         pick = derive_seed(self.seed, "block length", update) % len(rollout.block_lengths)
         return replace(rollout.sampler, block_length=rollout.block_lengths[pick])
@@ -255,101 +255,6 @@ class PolicyJob:
             )
         return lost < asked
 
-    def _batch(self, rollouts: Rollouts, advantages: Tensor, chosen: Tensor, inner: Inner) -> _Batch:
-        policy, trajectory = self.policy, rollouts.trajectory
-        views = policy.likelihood.views(trajectory, chosen, rollouts.seeds, self.denoiser.spec, inner)
-        parts = self._parts(views)
-        old = None
-        weighed = views
-        if inner.count > 1 or policy.token_filter is not None:
-            # Before the first gradient step: by the policy that drew the rollouts.
-            scores = self._score_all(views, parts)
-            old = [score.log_prob for score in scores]
-            if policy.token_filter is not None and scores:
-                entropy = torch.cat([score.entropy for score in scores]).cpu()
-                weighed = without(views, policy.token_filter.keep(views, entropy, trajectory))
-        advantage = advantages[views.rows, views.steps]
-        policy_weight, kl_weight = policy.weighting.weights(weighed, advantage, trajectory, self.trainer.ranks.total)
-        if policy.likelihood.per_step:
-            factor = chosen[views.rows, views.steps, None]
-            policy_weight, kl_weight = policy_weight * factor, kl_weight * factor
-        keeps_ratio = policy.token_filter is not None and policy.token_filter.keeps_ratio
-        return _Batch(
-            views=views if keeps_ratio else weighed,
-            parts=parts,
-            advantage=advantage,
-            policy_weight=policy_weight,
-            kl_weight=kl_weight,
-            old=old,
-        )
-
-    def _parts(self, views: Views) -> list[tuple[int, int]]:
-        """Micro-batches of neighbouring views, none of which cuts what one ratio covers."""
-        if not len(views):
-            return []
-        whole = views.rows if self.policy.objective.level == "sequence" else views.rows * (1 << 32) + views.steps
-        first = (whole[1:] != whole[:-1]).nonzero().flatten() + 1
-        borders = [0, *first.tolist(), len(views)]
-        size = self.trainer.optim.microbatch
-        parts, start = [], 0
-        for border, after in zip(borders[1:], [*borders[2:], None], strict=True):
-            if after is None or after - start > size:
-                parts.append((start, border))
-                start = border
-        return parts
-
-    @torch.no_grad()
-    def _score_all(self, views: Views, parts: list[tuple[int, int]]) -> list[Scores]:
-        """The items of every micro-batch, by the same calls that training makes."""
-        self.denoiser.train()
-        with self.trainer.autocast():
-            return [self._score(views.slice(*part)) for part in parts]
-
-    def _score(self, views: Views) -> Scores:
-        scores = self.policy.likelihood.score(self.denoiser, views, self.policy.rollout.sampler.temperature)
-        self.spent += scores.forwards
-        return scores
-
-    def _losses(self, batch: _Batch) -> Iterator[Callable[[], Tensor]]:
-        for number, part in enumerate(batch.parts):
-            yield lambda number=number, part=part: self._loss(batch, number, part)  # type: ignore[misc]
-
-    def _loss(self, batch: _Batch, number: int, part: tuple[int, int]) -> Tensor:
-        views, objective = batch.views.slice(*part), self.policy.objective
-        scores = self._score(views)
-        device = scores.log_prob.device
-        items, factors = views.items.to(device), views.factors.to(device)
-
-        def weighted(log_prob: Tensor) -> Tensor:
-            return (log_prob * factors)[items]
-
-        def per_item(value: Tensor) -> Tensor:
-            return value[slice(*part)].to(device)[items]
-
-        log_prob = weighted(scores.log_prob)
-        old = weighted(batch.old[number]) if batch.old is not None else log_prob.detach()
-        unit, count = _on(device, *unit_of(views, objective.level))
-        view = views.items.nonzero(as_tuple=True)[0].to(device)
-        advantage = torch.zeros(count, device=device)
-        advantage[unit] = batch.advantage[slice(*part)].to(device)[view]  # the same for all items of a unit
-        new, before = _sum(log_prob, unit, count), _sum(old, unit, count)
-        if objective.normalise:
-            share = views.length.to(device) / items.sum(1).clamp(min=1)
-            length = _sum(share[view], unit, count)
-            new, before = new / length, before / length
-        terms = objective.terms(new, before, advantage)
-        loss = (_sum(per_item(batch.policy_weight), unit, count) * terms).sum()
-        if count:  # a micro-batch may hold nothing that counts
-            batch.diagnostics.add({"entropy": scores.entropy[items].mean().item()}, len(log_prob))
-            batch.diagnostics.add(objective.diagnostics(new.detach(), before, advantage), count)
-        if batch.reference is not None:
-            unit, count = _on(device, *unit_of(views, "token"))
-            kl = self.policy.kl.terms(_sum(log_prob, unit, count), _sum(weighted(batch.reference[number]), unit, count))
-            loss = loss + self.policy.kl.beta * (_sum(per_item(batch.kl_weight), unit, count) * kl).sum()
-            if count:
-                batch.diagnostics.add({"kl": kl.detach().mean().item()}, count)
-        return loss
-
     def _metrics(self, rollouts: Rollouts) -> dict[str, Any]:
         """What the policy's own chains say, before any hook."""
         trajectory, judged = rollouts.trajectory, rollouts.judged
@@ -382,7 +287,7 @@ def _advantages(advantage: Advantage, rollouts: Rollouts) -> Tensor:
 
 
 def _equal_groups(rollouts: Rollouts) -> Tensor:
-    """(groups,) True where all finished responses of a group have the same reward: there is nothing to learn."""
+    """(groups,) True where all finished samples of a group have the same reward: there is nothing to learn."""
     final = terminal(rollouts.rewards, rollouts.trajectory.active)
     own = [final[(rollouts.group == group) & rollouts.known] for group in rollouts.group.unique()]
     return torch.tensor([len(values.unique()) <= 1 for values in own])
@@ -393,41 +298,3 @@ def _group_deviation(final: Tensor, known: Tensor, group: Tensor) -> float:
     own = [final[known & (group == number)] for number in group.unique()]
     spread = [values.std() for values in own if len(values) > 1]
     return torch.stack(spread).mean().item() if spread else 0.0
-
-
-def _sum(values: Tensor, unit: Tensor, count: int) -> Tensor:
-    """(count,) sums of ``values`` (M,) over equal ``unit`` (M,)."""
-    return values.new_zeros(count).index_add(0, unit, values)
-
-
-def _on(device: torch.device, unit: Tensor, count: int) -> tuple[Tensor, int]:
-    return unit.to(device), count
-
-
-class _Means:
-    """Running means weighted by token counts."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, tuple[float, int]] = {}
-
-    def add(self, values: dict[str, float], weight: int) -> None:
-        for name, value in values.items():
-            total, count = self.sums.get(name, (0.0, 0))
-            self.sums[name] = (total + value * weight, count + weight)
-
-    def means(self) -> dict[str, float]:
-        return {name: total / max(1, count) for name, (total, count) in self.sums.items()}
-
-
-@dataclass(kw_only=True)
-class _Batch:
-    """The views of one gradient step with everything that is fixed before it."""
-
-    views: Views
-    parts: list[tuple[int, int]]
-    advantage: Tensor
-    policy_weight: Tensor
-    kl_weight: Tensor
-    old: list[Tensor] | None = None
-    reference: list[Tensor] | None = None
-    diagnostics: _Means = field(default_factory=_Means)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from unveil.denoisers.base import MaskedDenoiser
 from unveil.registry import Plugin
 from unveil.samplers.base import Sampler
-from unveil.samplers.trajectory import Trajectory, concatenate
+from unveil.samplers.trajectory import concatenate
 from unveil.tasks.base import Problem
 from unveil.tasks.evaluate import Judged
 
@@ -24,8 +23,8 @@ class Rollouts:
     Attributes:
         problems: of every chain.
         group: (B,) the group that a chain belongs to: its place among the problems of the update.
-        trajectory: the chains.
-        judged: verdicts of finished responses and, where recorded, of every guess.
+        trajectory: the chains, of the sampler's kind.
+        judged: verdicts of finished samples and, where recorded, of every guess.
         rewards: (B, S) of the guess at each step; without guesses only the last active step's is known, the rest is 0.
         known: (B,) False for chains without a reward, because it failed or does not apply: 0 in ``rewards``, and left
             out of their groups.
@@ -34,7 +33,7 @@ class Rollouts:
 
     problems: list[Problem]
     group: Tensor
-    trajectory: Trajectory
+    trajectory: Any
     judged: Judged
     rewards: Tensor
     known: Tensor
@@ -45,7 +44,7 @@ class Rollouts:
 
     @property
     def correct(self) -> Tensor:
-        """(B,) whether each finished response is right."""
+        """(B,) whether each finished sample is right."""
         return torch.tensor([verdict.correct for verdict in self.judged.verdicts])
 
     def rows(self, index: Tensor) -> Rollouts:
@@ -58,11 +57,13 @@ class Rollouts:
             trajectory=self.trajectory.rows(index),
             judged=replace(
                 judged,
-                texts=[judged.texts[place] for place in places],
+                samples=[judged.samples[place] for place in places],
                 verdicts=[judged.verdicts[place] for place in places],
                 guess_correct=None if judged.guess_correct is None else judged.guess_correct[index],
                 guess_score=None if judged.guess_score is None else judged.guess_score[index],
-                guess_texts=None if judged.guess_texts is None else [judged.guess_texts[place] for place in places],
+                guess_samples=(
+                    None if judged.guess_samples is None else [judged.guess_samples[place] for place in places]
+                ),
             ),
             rewards=self.rewards[index],
             known=self.known[index],
@@ -80,7 +81,7 @@ class Rollouts:
                 return None
             return torch.cat([_widen(value, steps) for value in values])  # type: ignore[arg-type]
 
-        texts = [part.judged.guess_texts for part in parts]
+        guesses = [part.judged.guess_samples for part in parts]
         rewards = join([part.rewards for part in parts])
         assert rewards is not None
         return Rollouts(
@@ -88,11 +89,11 @@ class Rollouts:
             group=torch.cat([self.group, other.group]),
             trajectory=trajectory,
             judged=Judged(
-                texts=[*self.judged.texts, *other.judged.texts],
+                samples=[*self.judged.samples, *other.judged.samples],
                 verdicts=[*self.judged.verdicts, *other.judged.verdicts],
                 guess_correct=join([part.judged.guess_correct for part in parts]),
                 guess_score=join([part.judged.guess_score for part in parts]),
-                guess_texts=None if None in texts else [row for own in texts if own for row in own],
+                guess_samples=None if None in guesses else [row for own in guesses if own for row in own],
             ),
             rewards=rewards,
             known=torch.cat([self.known, other.known]),
@@ -118,15 +119,14 @@ class Roll(Protocol):
         *,
         label: str,
         sampler: Sampler | None = None,
-        initial: Sequence[Sequence[int]] | None = None,
-        frozen: Sequence[Sequence[bool]] | None = None,
+        **how: Any,
     ) -> Rollouts:
         """One chain per problem, with the groups ``group`` (B,).
 
         Args:
             label: makes the noise another one than that of other chains of the same problem.
             sampler: instead of the rollout sampler.
-            initial, frozen: where the responses start, as in `Canvas.of`.
+            how: where the chains start, as in `Medium.start` (of text, ``initial`` and ``frozen``).
         """
 
 
@@ -136,20 +136,20 @@ class GroupHook(Plugin, family="group_hook"):
     needs: ClassVar[frozenset[str]] = frozenset()
     """Trajectory fields that `apply` reads."""
 
-    def check_fits(self, sampler: Sampler, group_size: int, response_length: int) -> None:
+    def check_fits(self, sampler: Sampler, group_size: int, response_length: Any) -> None:
         """Refuse rollouts that this hook cannot work on.
 
         Raises:
             UserError: naming the key and what is allowed.
         """
 
-    def apply(self, rollouts: Rollouts, roll: Roll, denoiser: MaskedDenoiser) -> tuple[Rollouts, dict[str, float]]:
+    def apply(self, rollouts: Rollouts, roll: Roll, denoiser: Any) -> tuple[Rollouts, dict[str, float]]:
         """The rollouts to train on, and numbers for the log.
 
         Args:
             rollouts: as sampled; chains of one group are neighbours.
             roll: draws more chains.
-            denoiser: its tokenizer and declared ids.
+            denoiser: what it declares of its samples.
         """
         raise NotImplementedError
 
@@ -160,7 +160,7 @@ class Shaping(Plugin, family="shaping"):
     needs: ClassVar[frozenset[str]] = frozenset()
     """Trajectory fields that `shape` reads."""
 
-    def shape(self, rewards: Tensor, trajectory: Trajectory) -> Tensor:
+    def shape(self, rewards: Tensor, trajectory: Any) -> Tensor:
         """New rewards (B, S) from ``rewards`` (B, S)."""
         raise NotImplementedError
 

@@ -15,15 +15,18 @@ import torch
 from pydantic import Field
 
 from unveil import __version__
-from unveil.denoisers.base import MaskedDenoiser
+from unveil.denoisers.base import Denoiser, MaskedDenoiser
+from unveil.denoisers.continuous import ContinuousDenoiser
 from unveil.denoisers.convert import Conversion, convert
 from unveil.denoisers.decoders import DecoderDenoiser
+from unveil.denoisers.image import Classes, ImageDenoiser, ImageModel, ImageNetwork, Prompts
 from unveil.denoisers.load import load_denoiser, model_folder
 from unveil.denoisers.pretrained import Dtype
 from unveil.denoisers.score import ScoreConfig, ScoreDenoiser
 from unveil.denoisers.tokenizer import TextTokenizer
 from unveil.denoisers.transformer import TransformerConfig, TransformerDenoiser
 from unveil.denoisers.unmask import UnmaskNetwork
+from unveil.processes.gaussian import Flow, GaussianProcess, Prediction
 from unveil.recipe import dump, to_yaml
 from unveil.registry import UserError
 from unveil.seeds import derive_seed, generator
@@ -32,12 +35,27 @@ from unveil.training.denoising_job import DenoisingConfig, DenoisingEval, Denois
 from unveil.training.distribution import Ranks
 from unveil.training.log import LogConfig, RunLog
 from unveil.training.lora import Adapter, LoraSettings
+from unveil.training.matching_job import MatchingJob, check_images
 from unveil.training.policy_config import PolicyConfig, PolicyEval
 from unveil.training.policy_job import PolicyJob
 from unveil.training.snapshots import SnapshotConfig
 from unveil.training.trainer import CheckpointConfig, Job, OptimConfig, Trainer
 
 Progress = Callable[[int, dict[str, Any]], None]
+
+
+@dataclass(kw_only=True)
+class NewImageModel:
+    """A denoiser of images from scratch. The shape of its images is that of the first task."""
+
+    network: ImageNetwork
+    """The network."""
+    prompts: Prompts | None = None
+    """What it is conditioned on; None: the prompts that the first task has, one class each."""
+    process: GaussianProcess = field(default_factory=Flow)
+    """The path that it is trained on."""
+    prediction: Prediction = "u"
+    """What it predicts."""
 
 
 @dataclass(kw_only=True)
@@ -56,6 +74,8 @@ class NewModel:
     """Recompute activations in the backward pass: about a third more time, a fraction of the memory."""
     lora: LoraSettings | None = None
     """Train low-rank adapters instead of all weights."""
+    image: NewImageModel | None = None
+    """A network over images; then the fields below, of a network over words, are not used."""
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
     """Its shape."""
     prediction: Literal["logits", "log_score"] = "logits"
@@ -135,7 +155,7 @@ def pretrain(recipe: PretrainRecipe, run: Path, *, resume: bool = False, progres
             f"model.convert.anneal: {model.convert.anneal} updates leave none with open attention "
             f"(updates is {recipe.updates})"
         )
-    denoiser, new = _new_denoiser(model, recipe.seed).to(ranks.device), model.convert is not None
+    denoiser, new = _new_denoiser(model, recipe.data, recipe.seed).to(ranks.device), model.convert is not None
     trainer = Trainer(
         denoiser, recipe.optim, recipe.checkpoint, recipe.snapshots,
         updates=recipe.updates, eval_every=recipe.eval.every, run=run, ranks=ranks,
@@ -143,6 +163,8 @@ def pretrain(recipe: PretrainRecipe, run: Path, *, resume: bool = False, progres
     )  # fmt: skip
 
     def make(log: RunLog) -> Job:
+        if isinstance(denoiser, ContinuousDenoiser):
+            return MatchingJob(trainer, recipe.data, recipe.eval, log, seed=recipe.seed)
         return DenoisingJob(trainer, recipe.data, recipe.eval, log, seed=recipe.seed, conversion=model.convert)
 
     return _run(recipe, "pretrain", run, trainer, make, resume=resume, progress=progress)
@@ -156,13 +178,15 @@ def train(recipe: TrainRecipe, run: Path, *, resume: bool = False, progress: Pro
     """
     ranks = Ranks()
     model = recipe.model
-    denoiser = load_denoiser(
+    denoiser: Denoiser = load_denoiser(
         model.path, dtype=model.dtype, chat=model.chat, gradient_checkpointing=model.gradient_checkpointing
     ).to(ranks.device)
     adapter = None if model.lora is None else _adapter(denoiser, model.lora, recipe.seed)
     if recipe.model.unmask is not None:
+        if not isinstance(denoiser, MaskedDenoiser):
+            raise UserError(f"model.unmask: an unmasking policy is for models of text, {model.path!r} is none")
         attach_unmask(denoiser, recipe.model.unmask, recipe.seed)
-    if (action := recipe.policy.rollout.sampler.action) is not None:
+    if (action := recipe.policy.rollout.sampler.action) is not None and isinstance(denoiser, MaskedDenoiser):
         denoiser.unmask_action = dump(action)
     choose_trained(denoiser, recipe.model.train)
     trainer = Trainer(
@@ -177,15 +201,16 @@ def train(recipe: TrainRecipe, run: Path, *, resume: bool = False, progress: Pro
     return _run(recipe, recipe.system, run, trainer, make, resume=resume, progress=progress)
 
 
-def _adapter(denoiser: MaskedDenoiser, settings: LoraSettings, seed: int, *, new: bool = False) -> Adapter:
+def _adapter(denoiser: Denoiser, settings: LoraSettings, seed: int, *, new: bool = False) -> Adapter:
     """Adapters; in a model whose mask is ``new`` its embedding is trained too, or it would never mean anything."""
     torch.manual_seed(seed)  # peft draws its initial weights from the global generator
-    embedding = None
+    rows = None
     if new:
         assert isinstance(denoiser, DecoderDenoiser)
         layer = denoiser.network.get_input_embeddings()
-        embedding = next(name for name, module in denoiser.named_modules() if module is layer)
-    return Adapter(denoiser, settings, embedding=embedding)
+        name = next(name for name, module in denoiser.named_modules() if module is layer)
+        rows = {name: [denoiser.spec.mask_id]}
+    return Adapter(denoiser, settings, rows=rows)
 
 
 def attach_unmask(denoiser: MaskedDenoiser, network: UnmaskNetwork, seed: int) -> None:
@@ -195,7 +220,7 @@ def attach_unmask(denoiser: MaskedDenoiser, network: UnmaskNetwork, seed: int) -
         denoiser.attach(network, network.build(denoiser.spec.feature_dim))
 
 
-def choose_trained(denoiser: MaskedDenoiser, what: Literal["all", "denoiser", "unmask"]) -> None:
+def choose_trained(denoiser: Denoiser, what: Literal["all", "denoiser", "unmask"]) -> None:
     """Freeze what does not learn. With LoRA the denoiser's own weights are frozen already.
 
     Raises:
@@ -266,7 +291,7 @@ def _draft_log(run: Path) -> RunLog:
     return RunLog(run, LogConfig(tensorboard=False))
 
 
-def _new_denoiser(model: NewModel, seed: int) -> MaskedDenoiser:
+def _new_denoiser(model: NewModel, data: DenoisingConfig, seed: int) -> Denoiser:
     options: dict[str, Any] = {
         "dtype": model.dtype, "chat": model.chat, "gradient_checkpointing": model.gradient_checkpointing,
     }  # fmt: skip
@@ -278,6 +303,8 @@ def _new_denoiser(model: NewModel, seed: int) -> MaskedDenoiser:
     for key, given in of_models.items():
         if given not in (False, "fp32"):
             raise UserError(f"model.path: required for model.{key}, but missing")
+    if model.image is not None:
+        return _new_image_denoiser(model.image, data, seed)
     words = [str(number) for number in range(model.largest_number + 1)] + model.words
     try:
         tokenizer = TextTokenizer.of_words(words)
@@ -288,6 +315,23 @@ def _new_denoiser(model: NewModel, seed: int) -> MaskedDenoiser:
         denoiser = ScoreDenoiser(ScoreConfig(**vars(model.transformer)), tokenizer)
     else:
         denoiser = TransformerDenoiser(model.transformer, tokenizer)
+    denoiser.initialise(generator(seed, "weights"))
+    return denoiser
+
+
+def _new_image_denoiser(model: NewImageModel, data: DenoisingConfig, seed: int) -> ImageDenoiser:
+    if not data.tasks:
+        raise UserError("data.tasks: needed for a model of images")
+    task: Any = data.tasks[0].task
+    check_images(task, "data.tasks.0")
+    prompts = model.prompts or Classes(names=tuple(task.vocabulary))
+    try:
+        config = ImageModel(
+            shape=task.shape, prompts=prompts, network=model.network, process=model.process, prediction=model.prediction
+        )
+        denoiser = ImageDenoiser(config)
+    except UserError as error:
+        raise UserError(f"model.image.{error}") from error
     denoiser.initialise(generator(seed, "weights"))
     return denoiser
 

@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from unveil.denoisers.base import MaskedDenoiser
+from unveil.denoisers.base import Denoiser
 from unveil.registry import UserError
 from unveil.training.checkpoints import list_checkpoints, load_state, save_checkpoint, write_folder
 from unveil.training.distribution import Ranks
@@ -113,7 +113,7 @@ class Trainer:
 
     def __init__(
         self,
-        denoiser: MaskedDenoiser,
+        denoiser: Denoiser,
         optim: OptimConfig,
         checkpoints: CheckpointConfig,
         snapshots: SnapshotConfig,

@@ -11,14 +11,14 @@ from torch import Tensor
 
 import tiny
 from unveil.denoisers.base import MaskedDenoiser
-from unveil.learning.likelihoods import Views
+from unveil.learning.likelihoods import TokenViews
 from unveil.learning.objectives import Clipped, StepMean
-from unveil.learning.transition import TransitionLikelihood
+from unveil.learning.reverse import ReverseLikelihood
 from unveil.registry import UserError
 from unveil.samplers.canvas import Canvas
 from unveil.samplers.masked import MaskedSampler
 from unveil.samplers.reverse import ReverseSampler
-from unveil.samplers.trajectory import Trajectory
+from unveil.samplers.trajectory import TokenTrajectory
 from unveil.seeds import generator
 from unveil.training.policy_job import PolicyJob
 from unveil.training.trainer import OptimConfig
@@ -31,20 +31,20 @@ def network(kind: str) -> MaskedDenoiser:
     return tiny.denoiser() if kind == "masked" else tiny.score_denoiser()
 
 
-def sampled(net: MaskedDenoiser, sampler: ReverseSampler) -> Trajectory:
+def sampled(net: MaskedDenoiser, sampler: ReverseSampler) -> TokenTrajectory:
     prompts, lengths = [[4, 5], [6], [7, 4, 4], [5]], [5, 3, 6, 6]
     rows = Canvas.of(prompts, lengths, net.spec)
     rows.response[1, 1], rows.frozen[1, 1] = 5, True
     return sampler.sample(net, rows, range(4), needs=NEEDS)
 
 
-def all_views(trajectory: Trajectory, net: MaskedDenoiser, likelihood: TransitionLikelihood) -> Views:
+def all_views(trajectory: TokenTrajectory, net: MaskedDenoiser, likelihood: ReverseLikelihood) -> TokenViews:
     return likelihood.views(trajectory, trajectory.active.float(), range(len(trajectory)), net.spec)
 
 
 @pytest.mark.parametrize("kind", ["masked", "score"])
 def test_every_masked_position_is_scored_by_what_the_sampler_recorded(kind: str) -> None:
-    net, likelihood = network(kind), TransitionLikelihood()
+    net, likelihood = network(kind), ReverseLikelihood()
     trajectory = sampled(net, ReverseSampler(steps=4, temperature=TAU, last_time=0.2, cache=False))
     views = all_views(trajectory, net, likelihood)
     assert trajectory.log_prob is not None and trajectory.states is not None
@@ -55,24 +55,24 @@ def test_every_masked_position_is_scored_by_what_the_sampler_recorded(kind: str)
     assert torch.equal(views.length, masked.sum(1))
     stayed = (views.targets == net.spec.mask_id) & masked
     assert 0 < int(stayed.sum()) < int(masked.sum())
-    scores = likelihood.score(net, views, TAU)
+    scores = likelihood.score(net, views, ReverseSampler(steps=1, temperature=TAU))
     torch.testing.assert_close(scores.log_prob, recorded, rtol=1e-5, atol=1e-5)
     assert (scores.log_prob[~masked] == 0).all() and (scores.entropy[masked] > 0).all()
     # One step of all chains is the sampler's own batch: there the two agree in every bit.
     first = trajectory.active & (torch.arange(trajectory.steps) == 0)
     step = likelihood.views(trajectory, first.float(), range(4), net.spec)
-    exact = likelihood.score(net, step, TAU).log_prob
+    exact = likelihood.score(net, step, ReverseSampler(steps=1, temperature=TAU)).log_prob
     assert trajectory.active[:, 0].all() and torch.equal(exact, trajectory.log_prob[:, 0])
 
 
 @pytest.mark.parametrize("method", ["tweedie", "euler"])
 def test_gradient_is_that_of_the_closed_form(method: str) -> None:
     """log of c s_y where revealed and of 1 - c sum(s) where not, by autograd in float64."""
-    net, likelihood = tiny.score_denoiser(), TransitionLikelihood(method=method)  # type: ignore[arg-type]
+    net, likelihood = tiny.score_denoiser(), ReverseLikelihood(method=method)  # type: ignore[arg-type]
     trajectory = sampled(net, ReverseSampler(steps=4, method=method, last_time=0.2))  # type: ignore[arg-type]
     views = all_views(trajectory, net, likelihood)
     weight = torch.randn(views.scored.shape, generator=generator("weights"))
-    (weight * likelihood.score(net, views, 1.0).log_prob).sum().backward()
+    (weight * likelihood.score(net, views, ReverseSampler(steps=1, temperature=1.0)).log_prob).sum().backward()
 
     oracle = tiny.float64(net)
     assert views.times is not None
@@ -95,10 +95,10 @@ def test_gradient_is_that_of_the_closed_form(method: str) -> None:
 
 
 def test_with_a_masked_process_staying_has_no_gradient() -> None:
-    net, likelihood = tiny.denoiser(), TransitionLikelihood()
+    net, likelihood = tiny.denoiser(), ReverseLikelihood()
     trajectory = sampled(net, ReverseSampler(steps=4))
     views = all_views(trajectory, net, likelihood)
-    log_prob = likelihood.score(net, views, 1.0).log_prob
+    log_prob = likelihood.score(net, views, ReverseSampler(steps=1, temperature=1.0)).log_prob
     stayed = views.scored & (views.targets == net.spec.mask_id)
     assert views.times is not None
     chance = (views.times[:, 1] / views.times[:, 0]).log()[:, None].expand_as(log_prob)
@@ -111,9 +111,13 @@ def test_chunks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[tuple[Tensor, dict[str, Tensor]]] = []
     trajectory = sampled(tiny.score_denoiser(), ReverseSampler(steps=4, last_time=0.2))
     for elements in (2**22, 40):
-        monkeypatch.setattr("unveil.learning.transition.CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr("unveil.learning.reverse.CHUNK_ELEMENTS", elements)
         net = tiny.score_denoiser()
-        log_prob = TransitionLikelihood().score(net, all_views(trajectory, net, TransitionLikelihood()), 1.0).log_prob
+        log_prob = (
+            ReverseLikelihood()
+            .score(net, all_views(trajectory, net, ReverseLikelihood()), ReverseSampler(steps=1, temperature=1.0))
+            .log_prob
+        )
         log_prob.square().sum().backward()
         found.append((log_prob.detach(), tiny.gradients(net)))
     (whole, gradients), (cut, others) = found
@@ -125,7 +129,7 @@ def test_chunks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def policy_job(folder: Path, net: MaskedDenoiser, microbatch: int = 1000, **changes: object) -> PolicyJob:
     settings: dict[str, object] = {
         "rollout": {"sampler": ReverseSampler(steps=4, temperature=TAU)},
-        "likelihood": TransitionLikelihood(),
+        "likelihood": ReverseLikelihood(),
         "objective": Clipped(level="step"),
         "weighting": StepMean(),
         "inner_updates": 1,
@@ -156,10 +160,10 @@ def test_several_inner_updates_keep_the_ratio_near_one(tmp_path: Path) -> None:
 
 
 def test_pairs_that_cannot_work_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="'transition' scores the sampler 'reverse', not 'masked'"):
+    with pytest.raises(UserError, match="'reverse' scores the sampler of that name, not 'masked'"):
         policy_job(tmp_path, tiny.denoiser(), rollout={})
     with pytest.raises(UserError, match=r"policy\.likelihood\.method: should be 'tweedie'"):
-        policy_job(tmp_path, tiny.score_denoiser(), likelihood=TransitionLikelihood(method="euler"))
+        policy_job(tmp_path, tiny.score_denoiser(), likelihood=ReverseLikelihood(method="euler"))
     masked = {"sampler": MaskedSampler(steps=5, temperature=1.0)}
     with pytest.raises(UserError, match="'masked' cannot time a network of scores"):
         tiny.job(tmp_path, tiny.policy("diffu_grpo", rollout=masked), tiny.score_denoiser())

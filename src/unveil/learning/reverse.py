@@ -15,17 +15,18 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from unveil.denoisers.base import DenoiserSpec, MaskedDenoiser
-from unveil.learning.likelihoods import FIRST, Inner, Likelihood, Scores, Views
+from unveil.learning.likelihoods import TokenLikelihood, TokenViews
 from unveil.learning.scoring import CHUNK_ELEMENTS
+from unveil.learning.views import FIRST, Inner, Scores
 from unveil.processes.score_entropy import Method
 from unveil.registry import UserError
-from unveil.samplers.base import Sampler
+from unveil.samplers.base import Sampler, TokenSampler
 from unveil.samplers.reverse import ReverseSampler
-from unveil.samplers.trajectory import Trajectory
+from unveil.samplers.trajectory import TokenTrajectory
 
 
 @dataclass(kw_only=True)
-class TransitionLikelihood(Likelihood, name="transition"):
+class ReverseLikelihood(TokenLikelihood, name="reverse"):
     """The states that the sampler `reverse` visited: log p(x_s | x_t) of every position that was masked at time t."""
 
     needs = frozenset({"states", "guesses", "revealed", "times"})
@@ -34,19 +35,24 @@ class TransitionLikelihood(Likelihood, name="transition"):
 
     def check_fits(self, sampler: Sampler, denoiser: MaskedDenoiser) -> None:
         if not isinstance(sampler, ReverseSampler):
-            raise UserError(f"policy.likelihood: 'transition' scores the sampler 'reverse', not {sampler.name!r}")
+            raise UserError(f"policy.likelihood: 'reverse' scores the sampler of that name, not {sampler.name!r}")
         if self.method != sampler.method:
             raise UserError(
                 f"policy.likelihood.method: should be {sampler.method!r} as in rollout.sampler, got {self.method!r}"
             )
 
     def views(
-        self, trajectory: Trajectory, chosen: Tensor, seeds: Sequence[int], spec: DenoiserSpec, inner: Inner = FIRST
-    ) -> Views:
+        self,
+        trajectory: TokenTrajectory,
+        chosen: Tensor,
+        seeds: Sequence[int],
+        spec: DenoiserSpec,
+        inner: Inner = FIRST,
+    ) -> TokenViews:
         rows, steps = ((chosen > 0) & trajectory.active).nonzero(as_tuple=True)
         assert trajectory.guesses is not None and trajectory.revealed is not None and trajectory.times is not None
         states, holes = trajectory.states_at(rows, steps), trajectory.holes_at(rows, steps)
-        return Views(
+        return TokenViews(
             ids=torch.cat([trajectory.prompt_ids[rows], states], 1),
             valid=trajectory.valid[rows],
             prompt_width=trajectory.prompt_ids.shape[1],
@@ -59,7 +65,7 @@ class TransitionLikelihood(Likelihood, name="transition"):
             times=trajectory.times[rows, steps],
         )
 
-    def score(self, denoiser: MaskedDenoiser, views: Views, temperature: float) -> Scores:
+    def score(self, denoiser: MaskedDenoiser, views: TokenViews, sampler: TokenSampler) -> Scores:
         """Log-probabilities of the next states, by the transition that the sampler drew them from."""
         device = denoiser.device
         scored = views.scored.to(device)
@@ -73,7 +79,7 @@ class TransitionLikelihood(Likelihood, name="transition"):
         recompute = len(features) > rows and torch.is_grad_enabled()
         parts = []
         for part in zip(features.split(rows), targets.split(rows), times[row].split(rows), strict=True):
-            arguments = (denoiser, *part, temperature, self.method)
+            arguments = (denoiser, *part, sampler.temperature, self.method)
             if recompute:
                 parts.append(checkpoint(_score_rows, *arguments, use_reentrant=False, preserve_rng_state=False))
             else:

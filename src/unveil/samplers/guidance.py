@@ -1,0 +1,65 @@
+"""What a denoiser says once guidance has had its say: one call for drawing a step and for scoring it again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from unveil.denoisers.continuous import Condition, ContinuousDenoiser
+from unveil.processes.gaussian import Guess, full, spread
+from unveil.registry import Plugin
+
+
+class Guidance(Plugin, family="guidance"):
+    """Turns a denoiser's predictions into the guess that a step is made with.
+
+    The policy is what was sampled from: a likelihood scores steps with the guidance that drew them.
+    """
+
+    evaluations: ClassVar[int] = 1
+    """Network evaluations per sample and call."""
+
+    def guess(self, denoiser: ContinuousDenoiser, x: Tensor, t: Tensor, condition: Condition) -> Guess:
+        """The guess at x (B, *D), times t (B,) float64."""
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True)
+class NoGuidance(Guidance, name="none"):
+    """The conditional prediction alone."""
+
+    def guess(self, denoiser: ContinuousDenoiser, x: Tensor, t: Tensor, condition: Condition) -> Guess:
+        return denoiser.guess(x, t, condition)
+
+
+@dataclass(kw_only=True)
+class ClassifierFree(Guidance, name="cfg"):
+    """Classifier-free guidance (arXiv 2207.12598): p = u + scale (c - u), in the network's own parameterisation.
+
+    All parameterisations are linear in one another at a given x_t, so the result is the same in each.
+    """
+
+    evaluations: ClassVar[int] = 2
+    scale: float = 4.5
+    """1 is the conditional prediction (at twice the cost). Some papers write w = scale - 1."""
+    rescale: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of a prediction whose spread per sample is brought back to that of c (arXiv 2305.08891)."""
+    through: bool = True
+    """Whether gradients flow through the unconditional prediction as well."""
+
+    def guess(self, denoiser: ContinuousDenoiser, x: Tensor, t: Tensor, condition: Condition) -> Guess:
+        spec = denoiser.spec
+        blank = denoiser.condition([""]).to(x.device).rows(torch.zeros(len(x), dtype=torch.long))
+        both = Condition.cat([condition, blank])
+        with_prompt, without = full(denoiser.predict(torch.cat([x, x]), torch.cat([t, t]), both)).chunk(2)
+        if not self.through:
+            without = without.detach()
+        prediction = without + self.scale * (with_prompt - without)
+        if self.rescale > 0:
+            ratio = with_prompt.flatten(1).std(1) / prediction.flatten(1).std(1)
+            prediction = prediction * spread(self.rescale * ratio + 1 - self.rescale, x)
+        return spec.process.guess(prediction, spec.prediction, x, t)

@@ -1,0 +1,235 @@
+"""One denoising loop for continuous latents: any grid, kernel, solver, window of stochastic steps and guidance.
+
+A step asks the network once, guidance included, and then either draws x_s from the kernel's Gaussian or moves on as the
+solver says. `LatentSampler.transition` is that Gaussian; a likelihood scores stored steps with the very same call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from unveil.denoisers.continuous import Condition, ContinuousDenoiser
+from unveil.processes.gaussian import Gaussian, Guess, spread
+from unveil.processes.kernels import Ddim, Kernel, deterministic
+from unveil.registry import UserError
+from unveil.samplers.base import Sampler
+from unveil.samplers.grids import Grid, Uniform
+from unveil.samplers.guidance import Guidance, NoGuidance
+from unveil.samplers.latent_solvers import First, LatentSolver, Memory
+from unveil.samplers.latents import LatentTrajectory, Noise
+from unveil.samplers.windows import Everywhere, Window
+from unveil.seeds import derive_seed, generator
+
+
+@dataclass(kw_only=True)
+class LatentSampler(Sampler, name="latent"):
+    """How samples are drawn from a denoiser of continuous latents."""
+
+    denoises = ContinuousDenoiser
+    leaves = LatentTrajectory
+
+    steps: Annotated[int, Field(ge=1)]
+    """Denoising steps."""
+    grid: Grid = field(default_factory=Uniform)
+    """The times of the steps."""
+    kernel: Kernel = field(default_factory=lambda: Ddim(eta=0.0))
+    """How steps inside the window are drawn; by default none is: the ODE."""
+    window: Window = field(default_factory=Everywhere)
+    """Which steps the kernel draws. They are what a policy is trained on."""
+    outside: Kernel = field(default_factory=lambda: Ddim(eta=0.0))
+    """How the other steps are made; by default without noise."""
+    solver: LatentSolver = field(default_factory=First)
+    """Of steps without noise."""
+    guidance: Guidance = field(default_factory=NoGuidance)
+    """What becomes of the prompt's prediction. The policy is the guided one."""
+    share: Literal["nothing", "noise", "prefix"] = "nothing"
+    """What the chains of one problem have in common: nothing, the initial noise, or everything before the window, which
+    is then computed once (branches of one stem)."""
+    branches: Annotated[int, Field(ge=1)] | None = None
+    """Chains that share; None: all those of a problem."""
+
+    def __post_init__(self) -> None:
+        self.window.check_fits(self.steps)
+        if self.branches is not None and self.share == "nothing":
+            raise UserError("branches: the chains share nothing (allowed with share: noise, prefix)")
+
+    @property
+    def planned_steps(self) -> int | None:
+        return self.steps
+
+    def at(self, update: int, seed: int) -> LatentSampler:
+        return replace(self, window=self.window.at(update, seed, self.steps))
+
+    def check_fits(self, response_length: int | None) -> None:
+        if response_length is not None:
+            raise UserError(
+                f"response_length: samples of the sampler 'latent' have the network's own shape, got {response_length} "
+                "(allowed: null)"
+            )
+
+    def refused_fields(self) -> dict[str, str]:
+        if self.kernel.stochastic:
+            return {}
+        return {"log_prob": "needs steps with noise, and the sampler's kernel has none"}
+
+    def times(self, denoiser: ContinuousDenoiser, start: float = 1.0) -> Tensor:
+        """(S + 1,) float64 times of the states of a chain that starts at ``start``."""
+        grid = self.grid.times(denoiser.spec.process, self.steps)
+        if start >= 1:
+            return grid
+        return torch.cat([grid.new_tensor([start]), grid[grid < start]])
+
+    def transition(
+        self, denoiser: ContinuousDenoiser, x: Tensor, t: Tensor, s: Tensor, condition: Condition
+    ) -> tuple[Gaussian, Guess]:
+        """The distribution of x_s given x (B, *D) inside the window, from times t to s (B,), and the guess behind it."""
+        guess = self.guidance.guess(denoiser, x, t, condition)
+        return self.kernel.step(denoiser.spec.process, guess, x, t, s), guess
+
+    def sample_batch(
+        self, denoiser: ContinuousDenoiser, start: Noise, seeds: Sequence[int], needs: frozenset[str]
+    ) -> LatentTrajectory:
+        return _Chains(self, denoiser, start, seeds, needs).run()
+
+
+class _Chains:
+    """The chains of one batch. Before the window there may be fewer rows than chains: one per stem."""
+
+    def __init__(
+        self,
+        sampler: LatentSampler,
+        denoiser: ContinuousDenoiser,
+        start: Noise,
+        seeds: Sequence[int],
+        needs: frozenset[str],
+    ) -> None:
+        self.sampler, self.denoiser, self.needs, self.seeds = sampler, denoiser, needs, seeds
+        self.process, self.device = denoiser.spec.process, denoiser.device
+        self.times = sampler.times(denoiser, start.time)
+        self.steps = len(self.times) - 1
+        skipped = sampler.steps - self.steps  # of a grid that is entered late
+        self.inside = sampler.window.inside(sampler.steps)[skipped:]
+        first = int(self.inside.nonzero()[0]) if bool(self.inside.any()) else self.steps
+        self.own_from = first if sampler.share == "prefix" else 0
+        stems = self._stems(start)
+        # Rows that are computed before `own_from`, and which of them each chain continues.
+        places: dict[int, int] = {}
+        for row, stem in enumerate(stems):
+            places.setdefault(stem, row)
+        self.stems = list(places)
+        order = {stem: number for number, stem in enumerate(self.stems)}
+        self.stem_of = torch.tensor([order[stem] for stem in stems], device=self.device)
+        self.batch = len(start)
+        self.condition = start.condition.to(self.device)
+        own = start.initial
+        chosen = list(places.values())
+        self.x = self._initial(own if own is None or not self.own_from else own[chosen], stems)
+        self.memory: Memory = {}
+        self.forwards = 0
+        self.kept: dict[str, list[Tensor]] = {name: [] for name in needs}
+        self.noisy: list[Tensor] = []
+
+    def run(self) -> LatentTrajectory:
+        told = self.condition
+        if self.own_from:
+            told = told.rows(torch.tensor([self.stem_of.tolist().index(n) for n in range(len(self.stems))]))
+        for step in range(self.steps):
+            if step == self.own_from and step > 0:
+                self.x, told = self.x[self.stem_of], self.condition
+                self.memory = {name: value[self.stem_of.to(value.device)] for name, value in self.memory.items()}
+            self._step(step, told)
+        if self.own_from == self.steps:
+            self.x = self.x[self.stem_of]
+        return self._trajectory()
+
+    def _step(self, step: int, condition: Condition) -> None:
+        sampler, x, count = self.sampler, self.x, len(self.x)
+        t, s = self.times[step].expand(count), self.times[step + 1].expand(count)
+        inside = bool(self.inside[step])
+        kernel = sampler.kernel if inside else sampler.outside
+        guess = sampler.guidance.guess(self.denoiser, x, t, condition)
+        self.forwards += count * sampler.guidance.evaluations
+        gaussian = kernel.step(self.process, guess, x, t, s) if kernel.stochastic else None
+        noisy = gaussian is not None and bool((gaussian.std > 0).all())
+        if gaussian is not None and noisy:
+            after = gaussian.sample(self._noise(step, count))
+        else:
+
+            def again(x: Tensor, t: Tensor) -> Guess:
+                self.forwards += count * sampler.guidance.evaluations
+                return sampler.guidance.guess(self.denoiser, x, t, condition)
+
+            better = sampler.solver.solve(self.process, guess, x, t, s, self.memory, again)
+            after = deterministic(self.process, better, s)
+            gaussian = Gaussian(mean=after, std=torch.zeros(count, dtype=torch.float64))
+        self._record(x, guess, gaussian, after, noisy)
+        self.noisy.append(torch.full((self.batch,), noisy and inside))
+        self.x = after
+
+    def _stems(self, start: Noise) -> list[int]:
+        """(B) a seed of what each chain shares with others."""
+        size = self.sampler.branches
+        number = [0 if size is None else copy // size for copy in start.copies]
+        return [derive_seed(problem, "stem", place) for problem, place in zip(start.problems, number, strict=True)]
+
+    def _initial(self, given: Tensor | None, stems: list[int]) -> Tensor:
+        """The states that the rows start from."""
+        if given is not None:
+            return given.to(self.device, torch.float32)
+        if self.own_from:
+            own = self.stems
+        else:
+            own = stems if self.sampler.share != "nothing" else list(self.seeds)
+        scale = self.process.sigma(self.times[:1])
+        return self._draw([generator(seed, "initial") for seed in own]) * spread(scale, torch.zeros(1, device=self.device))
+
+    def _noise(self, step: int, count: int) -> Tensor:
+        own = self.stems if step < self.own_from else self.seeds
+        return self._draw([generator(seed, "step", step) for seed in own])
+
+    def _draw(self, streams: list[torch.Generator]) -> Tensor:
+        """N(0, I) (rows, *D), each row from a stream of its own."""
+        shape = self.denoiser.spec.shape
+        return torch.stack([torch.randn(shape, generator=stream) for stream in streams]).to(self.device)
+
+    def _record(self, x: Tensor, guess: Guess, gaussian: Gaussian, after: Tensor, noisy: bool) -> None:
+        def all_chains(value: Tensor) -> Tensor:
+            return (value if len(value) == self.batch else value[self.stem_of.to(value.device)]).cpu()
+
+        for name in self.needs - {"times"}:
+            if name == "latents":
+                value = x
+            elif name == "guesses":
+                value = guess.x0
+            elif name == "means":
+                value = gaussian.mean
+            elif name == "stds":
+                value = gaussian.std
+            elif noisy:
+                value = gaussian.log_prob(after, "sum")
+            else:
+                value = torch.zeros(len(x), dtype=torch.float64)
+            self.kept[name].append(all_chains(value))
+
+    def _trajectory(self) -> LatentTrajectory:
+        samples = self.x.cpu()
+        if "latents" in self.kept:
+            self.kept["latents"].append(samples)
+        recorded = {name: torch.stack(values, 1) for name, values in self.kept.items() if name != "times"}
+        if "times" in self.needs:
+            recorded["times"] = self.times.expand(self.batch, -1).clone()
+        return LatentTrajectory(
+            active=torch.ones(self.batch, self.steps, dtype=torch.bool),
+            planned=torch.full((self.batch,), self.steps),
+            forwards=self.forwards,
+            samples=samples,
+            noisy=torch.stack(self.noisy, 1),
+            condition=self.condition.to(torch.device("cpu")),
+            **recorded,
+        )

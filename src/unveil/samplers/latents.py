@@ -1,0 +1,125 @@
+"""Where chains of latents start, and what they leave behind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from unveil.denoisers.continuous import Condition
+from unveil.processes.gaussian import GaussianProcess
+from unveil.samplers.trajectory import Trajectory, pad_steps
+from unveil.seeds import generator
+
+
+@dataclass(kw_only=True)
+class Noise:
+    """B chains that start from noise, or from a state on the way to it.
+
+    Attributes:
+        condition: (B) what each sample is asked to be.
+        problems: (B) a seed of each chain's problem: what its chains may share derives from it.
+        copies: (B) which of the problem's chains it is.
+        initial: (B, *D) states to start from (a noise of one's own, a state of another chain); None: N(0, sigma(1)^2).
+        time: of the initial states; the chains take what is left of the grid.
+    """
+
+    condition: Condition
+    problems: list[int]
+    copies: list[int]
+    initial: Tensor | None = None
+    time: float = 1.0
+
+    def __len__(self) -> int:
+        return len(self.problems)
+
+    @property
+    def width(self) -> None:
+        """Latents have the network's own shape."""
+        return None
+
+    def rows(self, index: slice) -> Noise:
+        return replace(
+            self,
+            condition=self.condition.rows(index),
+            problems=self.problems[index],
+            copies=self.copies[index],
+            initial=None if self.initial is None else self.initial[index],
+        )
+
+
+def noised(latents: Tensor, time: float, process: GaussianProcess, seeds: Sequence[int]) -> Tensor:
+    """Clean latents (B, *D) at a time: where editing of a given sample starts (SDEdit). Each row from its own seed."""
+    noise = torch.stack([torch.randn(latents.shape[1:], generator=generator(seed, "edit")) for seed in seeds])
+    times = torch.full((len(latents),), time, dtype=torch.float64)
+    return process.corrupt(latents.float(), times, noise.to(latents.device))
+
+
+@dataclass(kw_only=True)
+class LatentTrajectory(Trajectory):
+    """B chains of continuous latents of shape D, S steps, float32 wherever a step is scored again from it.
+
+    Attributes:
+        samples: (B, *D) the finished latents.
+        noisy: (B, S) True at the steps that were drawn with noise and lie in the sampler's window: these can be scored.
+        condition: (B) what each sample was asked to be.
+        latents: (B, S + 1, *D) the state before every step, and the last one.
+        times: (B, S + 1) float64, the times of these states.
+        log_prob: (B, S) float64, log-density of every noisy step, summed over dimensions; 0 at others.
+        guesses: (B, S, *D) the expected x_0 at every step.
+        means: (B, S, *D) of the distributions of the next states.
+        stds: (B, S) float64, their standard deviations; 0 at deterministic steps.
+    """
+
+    kind = "latents"
+    optional = ("latents", "times", "log_prob", "guesses", "means", "stds")
+
+    samples: Tensor
+    noisy: Tensor
+    condition: Condition
+    latents: Tensor | None = None
+    times: Tensor | None = None
+    log_prob: Tensor | None = None
+    means: Tensor | None = None
+    stds: Tensor | None = None
+
+    @property
+    def finished(self) -> Tensor:
+        return self.samples
+
+    @property
+    def decided(self) -> Tensor:
+        return self.noisy
+
+    def rows(self, index: Tensor) -> Self:
+        own = {name: value[index] for name, value in super()._tensors().items()}
+        return replace(self, **own, condition=self.condition.rows(index))  # type: ignore[arg-type]
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """See `Trajectory.joined`: shorter chains stay at their finished latents."""
+        steps = max(part.steps for part in parts)
+        joined: dict[str, Tensor] = {}
+        for name in [f.name for f in fields(cls) if f.name not in ("forwards", "condition")]:
+            values = [getattr(part, name) for part in parts]
+            if any(value is None for value in values):
+                continue
+            if name in ("active", "noisy", *cls.optional):
+                idle = [part.samples if name in ("latents", "guesses", "means") else None for part in parts]
+                width = steps + (name in ("latents", "times"))
+                values = [pad_steps(value, width, rest) for value, rest in zip(values, idle, strict=True)]
+            joined[name] = torch.cat(values)
+        condition = Condition.cat([part.condition for part in parts])
+        return cls(**joined, condition=condition, forwards=sum(part.forwards for part in parts))  # type: ignore[arg-type]
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return super()._tensors() | {f"condition.{name}": value for name, value in self.condition.tensors.items()}
+
+    @classmethod
+    def _built(cls, tensors: dict[str, Tensor], header: dict[str, int]) -> Self:
+        own = {name: value for name, value in tensors.items() if not name.startswith("condition.")}
+        told = {name.removeprefix("condition."): tensors[name] for name in tensors.keys() - own.keys()}
+        return cls(**own, **header, condition=Condition(told))  # type: ignore[arg-type]
