@@ -215,6 +215,7 @@ def test_answers_are_masked_and_prompts_are_not(folder: Path, tmp_path: Path) ->
         ({"convert": None}, r"an autoregressive model \(`unveil pretrain convert` makes"),
         ({"path": None}, r"model\.path: required for model\.convert, but missing"),
         ({"path": None, "convert": None, "lora": LoraSettings()}, r"model\.path: required for model\.lora"),
+        ({"path": None, "convert": None, "chat": True}, r"model\.path: required for model\.chat"),
         ({"convert": Conversion(mask="<none>")}, r"model\.convert\.mask: no token is called '<none>'"),
     ],
 )
@@ -225,6 +226,13 @@ def test_refused_before_any_work(folder: Path, tmp_path: Path, changes: dict[str
     with pytest.raises(UserError, match=message) as caught:
         pretrain(made, tmp_path / "run")
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_text_has_no_prompts_to_wrap(folder: Path, tmp_path: Path) -> None:
+    made = recipe(folder, "unused.jsonl", chat=True)
+    made.data = DenoisingConfig(text=write_lines(tmp_path / "text.jsonl", [{"text": "abcdef"}]), response_length=4)
+    with pytest.raises(UserError, match=r"model\.chat: true, but data\.text has no prompts"):
+        pretrain(made, tmp_path / "run")
 
 
 @pytest.mark.parametrize(

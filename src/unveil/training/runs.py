@@ -155,6 +155,8 @@ def pretrain(recipe: PretrainRecipe, run: Path, *, resume: bool = False, progres
             f"model.convert.anneal: {model.convert.anneal} updates leave none with open attention "
             f"(updates is {recipe.updates})"
         )
+    if recipe.data.text is not None and model.chat:
+        raise UserError("model.chat: true, but data.text has no prompts to wrap (allowed: false)")
     denoiser, new = _new_denoiser(model, recipe.data, recipe.seed).to(ranks.device), model.convert is not None
     trainer = Trainer(
         denoiser, recipe.optim, recipe.checkpoint, recipe.snapshots,
@@ -299,7 +301,7 @@ def _new_denoiser(model: NewModel, data: DenoisingConfig, seed: int) -> Denoiser
         if model.convert is not None:
             return convert(model_folder(model.path), model.convert, **options)
         return load_denoiser(model.path, **options)
-    of_models = options | {"convert": model.convert is not None, "lora": model.lora is not None}
+    of_models = {"convert": model.convert is not None, "lora": model.lora is not None, **options}
     for key, given in of_models.items():
         if given not in (False, "fp32"):
             raise UserError(f"model.path: required for model.{key}, but missing")
