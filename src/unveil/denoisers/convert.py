@@ -6,6 +6,7 @@ The weights stay those of the autoregressive model until they are trained (Diffu
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,8 @@ def convert(
             opened.
     """
     folder = Path(folder)
+    if importlib.util.find_spec("transformers") is None:
+        raise UserError(f"{folder}: to convert a model needs an extra (pip install 'unveil[hf]')")
     published = PublishedFolder(folder)
     check_decoder(published.config, folder)
     text = read_tokenizer(folder, DecoderDenoiser.tokenizer_class)

@@ -29,7 +29,7 @@ Dtype = Literal["fp32", "bf16"]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|role_end|>", "<|endoftext|>")
 """Tokens that end an answer beside the end-of-sequence token, where the vocabulary has them."""
-MASKS = ("<|mask|>", "<|mdm_mask|>")
+MASKS = ("<|mask|>", "<|mdm_mask|>", "<|MASK|>")
 """The mask's written forms, for folders in which nothing says which token it is."""
 NO_SETTINGS = ("auto_map", "architectures", "torch_dtype", "dtype", "transformers_version")
 """Keys of config.json that say nothing of the network's shape."""

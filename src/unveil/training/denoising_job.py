@@ -224,7 +224,6 @@ class DenoisingJob:
         count = self.evaluation.loss
         if self.evaluation.file is not None:
             found = _read_examples(self.evaluation.file)
-            self._check_examples(self.evaluation.file, found)
         elif task is not None:
             solved = task.problems("test", count, self.seed)
             found = [(problem.prompt, problem.solution) for problem in solved if problem.solution is not None]
@@ -232,6 +231,7 @@ class DenoisingJob:
             raise UserError("eval.file: needed for the loss on held-out examples (or eval.task)")
         if len(found) < count:
             raise UserError(f"eval.loss: {count} held-out examples were asked for, there are {len(found)}")
+        self._check_examples(self.evaluation.file or "eval.task", found[:count])
         return found[:count]
 
     def _pack(self, path: str) -> list[list[int]]:

@@ -51,6 +51,8 @@ class MatchingJob:
         self.denoiser = trainer.denoiser
         if not data.tasks or data.file is not None or data.text is not None:
             raise UserError("data.tasks: needed for a model of images (a file of texts does not teach it)")
+        if evaluation.loss:
+            raise UserError(f"eval.loss: of models of text alone, got {evaluation.loss}")
         for place, mixed in enumerate(data.tasks):
             check_images(mixed.task, f"data.tasks.{place}")
         self.task = evaluation.task or data.tasks[0].task
