@@ -16,6 +16,7 @@ from torch import Tensor
 import published
 from unveil.denoisers.convert import NEW_MASK, Conversion, convert
 from unveil.denoisers.decoders import DecoderDenoiser
+from unveil.denoisers.kept import KeyValues
 from unveil.denoisers.load import load_denoiser
 from unveil.registry import UserError
 from unveil.training.lora import Adapter, LoraSettings
@@ -152,6 +153,26 @@ def test_padded_batch_equals_single_calls(folders: Any, architecture: str, share
         with denoiser.opening(opened[place, place]):
             single = denoiser(ids[row : row + 1, place])
         torch.testing.assert_close(batched[row, place], single[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shift", [True, False])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox", "cohere"])
+@torch.no_grad()
+def test_kept_keys_give_the_same_features(folders: Any, architecture: str, shift: bool) -> None:
+    denoiser = convert(folders(architecture), Conversion(shift=shift))
+    ids, valid = tokens(10).repeat(2, 1), torch.ones(2, 10, dtype=torch.bool)
+    valid[1, :3] = False
+    kept, columns = KeyValues(), torch.tensor([[5, 6, 7], [6, 7, 8]])
+    full = denoiser.features(ids, valid)
+    torch.testing.assert_close(denoiser.window(ids, valid, kept)[valid], full[valid], atol=1e-5, rtol=0)
+    part = denoiser.window(ids, valid, kept, columns)
+    want = full.gather(1, columns[..., None].expand(-1, -1, full.shape[-1]))
+    torch.testing.assert_close(part, want, atol=1e-5, rtol=0)
+
+
+def test_layers_that_look_back_only_so_far_keep_no_keys(folders: Any) -> None:
+    kept = {name: convert(folders(name), Conversion()).spec.keeps_keys for name in ("llama", "mistral", "gemma2")}
+    assert kept == {"llama": True, "mistral": False, "gemma2": False}
 
 
 @torch.no_grad()

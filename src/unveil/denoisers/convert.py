@@ -160,13 +160,11 @@ def _probe(denoiser: DecoderDenoiser, folder: Path) -> None:
     ids = torch.tensor([vocabulary, [*vocabulary[:3], vocabulary[0]]], device=denoiser.device)
     position = torch.arange(4, device=denoiser.device).expand(2, 4)
     where = f"{folder / 'config.json'}: model_type {denoiser.published.config['model_type']!r}"
-    base = denoiser.network.base_model
     try:
         found = []
         for opened in (None, torch.zeros(4, 4, dtype=torch.bool)):
             with denoiser.opening(opened):
-                mask = denoiser.mask(None, position)
-                found.append(base(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=False)[0])
+                found.append(denoiser.outputs(ids, None, position))
         own, theirs = denoiser.logits(found[0]), denoiser.network(input_ids=ids, position_ids=position).logits
     except Exception as error:  # an architecture may lack any of this
         raise UserError(f"{where}: cannot be converted: {first_line(error)}") from error

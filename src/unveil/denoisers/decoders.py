@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from unveil.denoisers.base import DenoiserSpec
+from unveil.denoisers.decoder_cache import cache_argument
+from unveil.denoisers.kept import KeyValues
 from unveil.denoisers.pretrained import NO_SETTINGS, PretrainedDenoiser
 from unveil.registry import UserError, did_you_mean
 
@@ -48,16 +50,26 @@ class DecoderDenoiser(PretrainedDenoiser):
     def _own_names(self) -> set[str]:
         return set(self.network.state_dict())
 
+    @cached_property
+    def _plain(self) -> bool:
+        """Whether every layer takes one mask of truth values: none looks back only so far."""
+        config = self.network.config
+        window = getattr(config, "sliding_window", None) or config.max_position_embeddings
+        return config._attn_implementation != "eager" and window >= config.max_position_embeddings
+
     def hidden(self, ids: Tensor, attendable: Tensor | None, position: Tensor, t: Tensor | None) -> Tensor:
-        mask, base = self.mask(attendable, position), self.network.base_model
-        features = base(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=False).last_hidden_state
+        features = self.outputs(ids, attendable, position)
         return shift_right(features, attendable) if self.spec.logit_shift else features
 
-    def mask(self, attendable: Tensor | None, position: Tensor) -> Any:
-        """Which keys each query sees, in a form that the library takes; None: all of them."""
-        if self._opened is None:
-            return attendable  # from which the library makes the mask of every kind of layer
-        return partly_causal(self._opened.to(position.device), attendable, self.network)
+    def outputs(self, ids: Tensor, attendable: Tensor | None, position: Tensor) -> Tensor:
+        """`hidden`, features not moved."""
+        mask: Any = attendable  # from which the library makes the masks of all kinds of layers
+        if self._opened is not None:
+            mask = partly_causal(self._opened.to(ids.device), attendable, self.network)
+        elif self._plain:
+            mask = self.mask(attendable, position, position)
+        base = self.network.base_model
+        return base(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=False).last_hidden_state
 
     @contextmanager
     def opening(self, opened: Tensor | None) -> Iterator[None]:
@@ -68,6 +80,35 @@ class DecoderDenoiser(PretrainedDenoiser):
             yield
         finally:
             self._opened = None
+
+    def window(self, ids: Tensor, valid: Tensor, kept: KeyValues, columns: Tensor | None = None) -> Tensor:
+        if not self.spec.logit_shift:
+            return self._kept(ids, valid, kept, columns)
+        if columns is None:
+            return shift_right(self._kept(ids, valid, kept, None), valid)
+        first = columns[:, :1]
+        before = (first - 1).clamp(min=0)
+        before = torch.where(valid.gather(1, before), before, first)
+        features = self._kept(ids, valid, kept, torch.cat([before, columns], 1))
+        # Column c is predicted by c - 1, which stands one place before c's; a repeated column has its first one's.
+        return features.gather(1, (columns - first)[..., None].expand(-1, -1, features.shape[-1]))
+
+    def _kept(self, ids: Tensor, valid: Tensor, kept: KeyValues, columns: Tensor | None) -> Tensor:
+        """`window`, features not moved."""
+        attendable = valid | ~valid.any(1, keepdim=True)
+        position = (valid.cumsum(1) - 1).clamp(min=0)
+        query = position
+        if columns is not None:
+            ids, query = ids.gather(1, columns), position.gather(1, columns)
+        mask = self.mask(attendable, position, query)
+        given = {"input_ids": ids, "attention_mask": mask, "position_ids": query, "use_cache": False}
+        return self.network.base_model(**given, **cache_argument(kept, columns)).last_hidden_state
+
+    def mask(self, attendable: Tensor | None, position: Tensor, query: Tensor) -> Tensor | None:
+        """Which keys, at ``position`` (B, L), each query at ``query`` (B, W) sees, (B, 1, W, L); None: all of them."""
+        if attendable is None:
+            return None
+        return attendable[:, None, None, :].expand(-1, 1, query.shape[1], -1)
 
     def logits(self, features: Tensor) -> Tensor:
         logits, config = self.network.get_output_embeddings()(features), self.network.config
@@ -91,21 +132,7 @@ class DecoderDenoiser(PretrainedDenoiser):
         shift = self.published.config.get("logit_shift", int(self.shifted))
         if shift not in (0, 1):
             raise UserError(f"{self.published.folder / 'config.json'}: logit_shift: should be 0 or 1, got {shift!r}")
-        return replace(super()._make_spec(text), logit_shift=int(shift))
-
-
-def shift_right(features: Tensor, valid: Tensor | None) -> Tensor:
-    """Features (B, L, D) that predict the next token, moved so that feature i predicts token i.
-
-    Each position takes the feature of the valid position before it; the first one, which nothing predicts, keeps its
-    own, as Dream's sampler has it.
-    """
-    batch, length, dim = features.shape
-    place = torch.arange(length, device=features.device).expand(batch, length)
-    known = place if valid is None else torch.where(valid, place, -1).cummax(1).values
-    before = torch.cat([torch.full_like(known[:, :1], -1), known[:, :-1]], 1)
-    before = torch.where(before < 0, place, before)
-    return features.gather(1, before[..., None].expand(-1, -1, dim))
+        return replace(super()._make_spec(text), logit_shift=int(shift), keeps_keys=self._plain)
 
 
 def own_name(name: str, own: Collection[str], prefix: str) -> str | None:
@@ -144,6 +171,20 @@ def partly_causal(opened: Tensor, attendable: Tensor | None, network: Any) -> An
     if window is None or length <= window:
         return form(seen)
     return {"full_attention": form(seen), "sliding_attention": form(near)} if kinds else form(near)
+
+
+def shift_right(features: Tensor, valid: Tensor | None) -> Tensor:
+    """Features (B, L, D) that predict the next token, moved so that feature i predicts token i.
+
+    Each position takes the feature of the valid position before it; the first one, which nothing predicts, keeps its
+    own, as Dream's sampler has it.
+    """
+    batch, length, dim = features.shape
+    place = torch.arange(length, device=features.device).expand(batch, length)
+    known = place if valid is None else torch.where(valid, place, -1).cummax(1).values
+    before = torch.cat([torch.full_like(known[:, :1], -1), known[:, :-1]], 1)
+    before = torch.where(before < 0, place, before)
+    return features.gather(1, before[..., None].expand(-1, -1, dim))
 
 
 def bidirectional(architecture: str, settings: dict[str, Any]) -> nn.Module:

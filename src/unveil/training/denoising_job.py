@@ -111,6 +111,8 @@ class DenoisingJob:
         self.trainer, self.data, self.evaluation, self.log, self.seed = trainer, data, evaluation, log, seed
         assert isinstance(trainer.denoiser, MaskedDenoiser)
         self.denoiser = trainer.denoiser
+        if self.denoiser.spec.corruption == "uniform":
+            raise UserError("model: its noise is random tokens; only networks of masks can be pre-trained")
         self.process = self.denoiser.spec.process()
         if self.denoiser.spec.time_conditioned and data.form != "time":
             raise UserError(f"data.form: should be 'time' for a network that is told the time, got {data.form!r}")
@@ -130,14 +132,17 @@ class DenoisingJob:
         self.unseen = self._unseen(task) if evaluation.loss else []
 
     def update(self, update: int, optimise: Optimise) -> dict[str, Any]:
-        ranks = self.trainer.ranks
-        pairs = ranks.share(self._packed(update) if self.packed else self._texts(update))
-        canvas, corrupted = self._corrupted(pairs, "corrupt", update, ranks.rank)
+        canvas, corrupted = self._corrupted(
+            self._packed(update) if self.packed else self._texts(update), "corrupt", update, 0
+        )
         share, width = self.conversion.share(update), canvas.ids.shape[1]
         opened = None
         if share < 1:
             opened = torch.rand(width, width, generator=generator(self.seed, "attention", update)) < share
-        batch = len(pairs)
+        # Every rank masks the whole batch and keeps its part, so that the masks do not depend on their number.
+        own = self.trainer.ranks.part(len(canvas))
+        canvas, corrupted = canvas.rows(own), corrupted.slice(own, torch.device("cpu"))
+        batch = len(canvas)
         size = self.trainer.optim.microbatch
         losses = []
         for start in range(0, batch, size):
