@@ -138,7 +138,7 @@ class Pooled(MaskedDenoiser):
     def __init__(self, dim: int = 16) -> None:
         super().__init__()
         self.tokenizer = TextTokenizer.of_words(WORDS)
-        self.spec = replace(denoiser().spec, feature_dim=dim)
+        self.spec = replace(denoiser().spec, feature_dim=dim, keeps_keys=False)
         size = self.spec.vocab_size
         self.embedding = torch.nn.Embedding(size, dim)
         self.place = torch.nn.Embedding(self.spec.context_length, dim)
@@ -214,7 +214,7 @@ def job(
         run=folder,
         ranks=Ranks(),
         adapter=adapter,
-        keep_reference=config.kl.beta > 0,
+        keep_reference=config.keeps_reference,
     )
     evaluation = PolicyEval(every=10**6, problems=4, decoders={})
     return PolicyJob(trainer, config, evaluation, RunLog(folder, LogConfig(tensorboard=False)), seed=3)
@@ -241,6 +241,10 @@ def recipe(folder: Path, system: str, updates: int, **changes: Any) -> TrainReci
 def newest(run: Path) -> dict[str, Any]:
     """State of the newest checkpoint."""
     return load_state(list_checkpoints(run / "checkpoints")[-1])
+
+
+def newest_but_one(run: Path) -> dict[str, Any]:
+    return load_state(list_checkpoints(run / "checkpoints")[-2])
 
 
 def same(left: Any, right: Any, where: str = "") -> list[str]:

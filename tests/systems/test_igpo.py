@@ -205,7 +205,9 @@ def test_repair_is_fixed_by_the_seed_and_none_is_needed_without_all_wrong_groups
     mixed = sampled(base, [True, False, False, False] * 4)
     roll = Recorder(base, [])
     same, said = hook().apply(mixed, roll, base.denoiser)
-    assert same is mixed and not roll.calls and said == {"all_wrong_groups": 0.0, "all_wrong_left": 0.0}
+    assert (
+        same is mixed and not roll.calls and said == {"all_wrong_groups": 0.0, "all_wrong_left": 0.0, "replaced": 0.0}
+    )
 
 
 def test_resampling_is_a_share_of_zero(tmp_path: Path) -> None:

@@ -1,26 +1,108 @@
-"""Two processes do what one does."""
+"""Two processes do what one does, with whole weights and with split ones."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import tiny
+from unveil.denoisers.transformer import TransformerConfig
 from unveil.learning.advantages import GroupAdvantage
 from unveil.learning.selectors import NonZero
+from unveil.registry import UserError
+from unveil.samplers.masked import MaskedSampler
 from unveil.systems.igpo import Inpaint
+from unveil.training.checkpoints import list_checkpoints, load_state
+from unveil.training.denoising_job import DenoisingConfig, DenoisingEval, MixedTask
 from unveil.training.distribution import Ranks
-from unveil.training.runs import TrainRecipe, train
+from unveil.training.log import LogConfig
+from unveil.training.lora import LoraSettings
+from unveil.training.outcome import Outcome, join
+from unveil.training.runs import NewModel, PretrainRecipe, TrainRecipe, pretrain, train
+from unveil.training.sharding import DistributedConfig
+from unveil.training.snapshots import SnapshotConfig
+from unveil.training.trainer import CheckpointConfig, OptimConfig
 
 UPDATES = 2
+Recipe = TrainRecipe | PretrainRecipe
+
+
+def repaired(folder: Path) -> TrainRecipe:
+    """Only some ranks have groups to repair, and chains whose advantage is 0 are left out."""
+    made = tiny.recipe(folder, "mdpo", UPDATES)
+    hook = Inpaint(replacements=2, free_tail=1, chunk_min=1, chunk_max=1, ratio_low=0.5, ratio_high=0.9)
+    made.policy = replace(made.policy, groups=hook, selector=NonZero(), advantage=GroupAdvantage())
+    return made
+
+
+def moved(folder: Path) -> TrainRecipe:
+    """Every snapshot, and each of them moves."""
+    made = tiny.recipe(folder, "mdpo", UPDATES)
+    made.snapshots = SnapshotConfig(ema_decay=0.8, reference_sync=1)
+    return made
+
+
+def one_group(folder: Path) -> TrainRecipe:
+    """Fewer prompts than ranks: the group lies on both, five chains here and four there."""
+    return tiny.recipe(folder, "mdpo", UPDATES, policy={"rollout": {"prompts": 1, "group_size": 9}})
+
+
+def adapters(folder: Path) -> TrainRecipe:
+    made = tiny.recipe(folder, "mdpo", UPDATES)
+    made.model.lora = LoraSettings(rank=2, alpha=4)
+    return made
+
+
+def teaching(folder: Path) -> PretrainRecipe:
+    shape = TransformerConfig(dim=16, layers=2, heads=2, hidden=16, context_length=16)
+    return PretrainRecipe(
+        model=NewModel(transformer=shape, largest_number=1, words=tiny.WORDS),
+        data=DenoisingConfig(tasks=[MixedTask(task=tiny.Echo())], response_length=5, batch=15),
+        eval=DenoisingEval(every=100, problems=4, decoders={"lcr": MaskedSampler(steps=5)}),
+        optim=OptimConfig(microbatch=4),
+        log=LogConfig(tensorboard=False),
+        updates=UPDATES,
+    )
+
+
+KINDS: dict[str, Callable[[Path], Recipe]] = {
+    kind.__name__: kind for kind in (repaired, moved, one_group, adapters, teaching)
+}
+DEFAULT = [("repaired", "none"), ("repaired", "full"), ("moved", "full"), ("one_group", "none"), ("teaching", "full")]
+"""A kind of run, and what is split."""
+SLOW = [("moved", "none"), ("one_group", "full"), ("adapters", "none"), ("adapters", "full"), ("teaching", "none")]
+
+
+def make(folder: Path, kind: str, shard: Any = "none", **changes: Any) -> Recipe:
+    made = KINDS[kind](folder)
+    made.optim.lr, made.eval.every = 1e-4, 100
+    made.checkpoint = CheckpointConfig(every=1, keep=2)
+    made.distributed = DistributedConfig(shard=shard)
+    if isinstance(made, TrainRecipe):
+        made.policy.inner_updates = 2
+        made.optim.microbatch = 8
+    return replace(made, **changes)
+
+
+def run(made: Recipe, folder: Path, *, resume: bool = False) -> None:
+    assert (
+        train(made, folder, resume=resume) if isinstance(made, TrainRecipe) else pretrain(made, folder, resume=resume)
+    )
+
+
 DRIVER = """
 import sys
 from pathlib import Path
@@ -28,29 +110,98 @@ import torch
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
 import test_distribution
-from unveil.training.runs import train
-train(test_distribution.recipe(Path(sys.argv[2]), sys.argv[3]), Path(sys.argv[2]) / "two")
+{}
 """
 
 
-def recipe(folder: Path, kind: str) -> TrainRecipe:
-    """``repaired``: only some ranks have groups to repair, and chains whose advantage is 0 are left out."""
-    made = tiny.recipe(folder, "mdpo", UPDATES)
-    if kind == "repaired":
-        hook = Inpaint(replacements=2, free_tail=1, chunk_min=1, chunk_max=1, ratio_low=0.5, ratio_high=0.9)
-        made.policy = replace(made.policy, groups=hook, selector=NonZero(), advantage=GroupAdvantage())
-    made.optim.lr, made.eval.every = 1e-4, 100
-    made.policy.inner_updates = 2
-    return made
+def launch(code: str, *arguments: str, world: int = 2, **environment: str) -> None:
+    """Run Python code on ``world`` processes, as torchrun starts them."""
+    path = os.pathsep.join([str(Path(tiny.__file__).parent), *filter(None, sys.path)])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    shared |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)} | environment
+    command = [sys.executable, "-c", DRIVER.format(code), str(Path(__file__).parent), *arguments]
+    processes = [
+        subprocess.Popen(command, env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(world)
+    ]
+    try:
+        assert [process.wait(timeout=100) for process in processes] == [0] * world
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def several(folder: str, runs: list[dict[str, Any]]) -> None:
+    """What every process of `two` does: one run after the other, each with a meeting point of its own."""
+    for one in runs:
+        os.environ["MASTER_PORT"] = str(one["port"])
+        made = make(Path(folder), one["kind"], one["shard"], updates=one["updates"])
+        run(made, Path(folder) / one["name"], resume=one["resume"])
+
+
+def planned(kind: str, shard: str, name: str = "", updates: int = UPDATES, *, resume: bool = False) -> dict[str, Any]:
+    own = {"kind": kind, "shard": shard, "name": name or f"{kind}-{shard}", "updates": updates, "resume": resume}
+    return own | {"port": free_port()}
+
+
+def two(folder: Path, runs: list[dict[str, Any]]) -> None:
+    """Let two processes make these runs."""
+    launch(f"test_distribution.several(sys.argv[2], {runs})", str(folder))
+
+
+def train_lines(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    # Of a rank's chains with hints alone, so that their mean over ranks is weighted by groups.
+    left_out = ("seconds", "inpainted_accuracy")
+    return [{k: v for k, v in line.items() if k not in left_out} for line in lines if line["kind"] == "train"]
+
+
+def distance(left: Any, right: Any) -> float:
+    """Largest difference between the numbers of two nested states of the same form."""
+    if isinstance(left, torch.Tensor):
+        assert left.shape == right.shape and left.dtype == right.dtype
+        return float((left.double() - right.double()).abs().max()) if left.numel() else 0.0
+    if isinstance(left, dict):
+        assert left.keys() == right.keys(), left.keys() ^ right.keys()
+        return max((distance(left[key], right[key]) for key in left if key != "seconds"), default=0.0)
+    if isinstance(left, list | tuple):
+        assert len(left) == len(right)
+        return max(map(distance, left, right), default=0.0)
+    if isinstance(left, float) and isinstance(right, float):
+        return 0.0 if math.isnan(left) and math.isnan(right) else abs(left - right)
+    assert left == right
+    return 0.0
+
+
+def check_equal(folder: Path, kind: str, shard: str) -> None:
+    one, two = folder / kind, folder / f"{kind}-{shard}"
+    states = [tiny.newest(one), tiny.newest(two)]
+    weights = states[0]["weights"]
+    start = tiny.newest_but_one(one)["weights"]
+    assert distance(start, weights) > 5e-5  # steps of 1e-4
+    # Adam divides by |g|, so a difference in a gradient near zero can show; the gradients' sums agree to 1e-6.
+    assert distance(*states) < 1e-5
+    assert (two / "checkpoints" / f"update-{UPDATES:06d}" / "shards").is_dir() == (shard != "none")
+    models = [load_file(path / "model" / "model.safetensors") for path in (one, two)]
+    assert distance(*models) < 1e-5
+    logged = [train_lines(path) for path in (one, two)]
+    assert len(logged[0]) == UPDATES and distance(*logged) < 1e-4  # of everything, and not of rank 0's share
 
 
 def test_one_process_needs_no_configuration() -> None:
     ranks = Ranks()
     assert (ranks.world, ranks.rank, ranks.main) == (1, 0, True)
-    assert ranks.share([1, 2, 3]) == [1, 2, 3] and ranks.total(2.5) == 2.5
+    assert ranks.share([1, 2, 3]) == [1, 2, 3] and ranks.total(2.5) == 2.5 and ranks.gather("x") == ["x"]
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, 3, 9])
 def test_shares_are_a_partition(world: int) -> None:
     items = list(range(8))
     shares = []
@@ -58,44 +209,77 @@ def test_shares_are_a_partition(world: int) -> None:
         ranks = Ranks()
         ranks.world, ranks.rank = world, rank
         shares.append(ranks.share(items))
-    assert (
-        sorted(item for share in shares for item in share) == items
-        and max(map(len, shares)) - min(map(len, shares)) <= 1
-    )
+    assert [item for share in shares for item in share] == items
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-@pytest.mark.parametrize("kind", ["mdpo", "repaired"])
-def test_two_processes_equal_one(tmp_path: Path, kind: str) -> None:
-    assert train(recipe(tmp_path, kind), tmp_path / "one")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    path = os.pathsep.join([str(Path(tiny.__file__).parent), *filter(None, sys.path)])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", DRIVER, str(Path(__file__).parent), str(tmp_path), kind],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": path},
-        )
-        for rank in range(2)
+def test_advantages_do_not_know_where_a_group_lies() -> None:
+    """The statistics of groups that are cut anywhere, in parts of unequal length and number of steps."""
+    stream = torch.Generator().manual_seed(0)
+    count, steps = 12, 5
+    active = torch.arange(steps) < torch.randint(1, steps + 1, (count, 1), generator=stream)
+    whole = Outcome(
+        group=torch.arange(3).repeat_interleave(4), rewards=torch.rand(count, steps, generator=stream) * active,
+        active=active, known=torch.arange(count) != 7, correct=torch.rand(count, generator=stream) < 0.5,
+        score=torch.rand(count, generator=stream).double(), unfinished=torch.zeros(count, dtype=torch.bool),
+        parts={"a": torch.rand(count, steps, generator=stream) * active},
+    )  # fmt: skip
+    parts = []
+    for rows in (slice(0, 1), slice(1, 6), slice(6, count)):
+        width = int(active[rows].sum(1).max())
+        own = {name: getattr(whole, name)[rows] for name in ("group", "known", "correct", "score", "unfinished")}
+        wide = {name: getattr(whole, name)[rows, :width] for name in ("rewards", "active")}
+        parts.append(Outcome(**own, **wide, parts={"a": whole.parts["a"][rows, :width]}))
+    joined = join(parts)
+    advantages = whole.advantages(GroupAdvantage())
+    assert torch.equal(joined.advantages(GroupAdvantage()), advantages) and advantages.abs().sum() > 5
+    assert joined.metrics() == whole.metrics() and torch.equal(joined.equal_groups(), whole.equal_groups())
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    """Everything that needs two processes and is fast, in one launch of them."""
+    for kind in dict.fromkeys(kind for kind, _ in DEFAULT):
+        run(make(tmp_path, kind), tmp_path / kind)
+    shutil.copytree(tmp_path / "moved", tmp_path / "one-to-two")
+    more = UPDATES + 1
+    again = [
+        planned("moved", "full", "whole", more),
+        planned("moved", "full", "stopped"),
+        planned("moved", "full", "stopped", more, resume=True),
+        planned("moved", "full", "one-to-two", more, resume=True),
     ]
-    try:
-        assert [process.wait(timeout=60) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-    one, two = tiny.newest(tmp_path / "one"), tiny.newest(tmp_path / "two")
-    start = tiny.denoiser().state_dict()
-    moved = max(float((value - start[name]).abs().max()) for name, value in one["weights"].items())
-    assert moved > 3e-4  # four steps of 1e-4
-    # Adam divides by |g|, so a difference in a gradient near zero can show; the gradients' sums agree to 1e-6.
-    for name, value in one["weights"].items():
-        torch.testing.assert_close(two["weights"][name], value, rtol=0, atol=1e-5)
-    for name, moments in one["optimizer"]["state"].items():
-        torch.testing.assert_close(two["optimizer"]["state"][name]["exp_avg"], moments["exp_avg"], rtol=0, atol=1e-5)
-    for key in ("optimizer_steps", "rollouts", "forwards", "samples"):
-        assert one["cost"][key] == two["cost"][key], key
-    lines = [(tmp_path / run / "metrics.jsonl").read_text().splitlines() for run in ("one", "two")]
-    losses = [[json.loads(line)["loss"] for line in text if '"train"' in line] for text in lines]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5) and len(losses[1]) == UPDATES
+    two(tmp_path, [*(planned(*one) for one in DEFAULT), *again])
+    for kind, shard in DEFAULT:
+        check_equal(tmp_path, kind, shard)
+
+    # Stopped and resumed, on as many processes and on another number of them.
+    shutil.copytree(tmp_path / "moved-full", tmp_path / "two-to-one")
+    run(make(tmp_path, "moved", "full", updates=more), tmp_path / "two-to-one", resume=True)
+    run(make(tmp_path, "moved", updates=more), tmp_path / "undisturbed")
+    whole, undisturbed = tiny.newest(tmp_path / "whole"), tiny.newest(tmp_path / "undisturbed")
+    assert whole["update"] == more and tiny.same(whole, tiny.newest(tmp_path / "stopped")) == []
+    assert train_lines(tmp_path / "whole") == train_lines(tmp_path / "stopped")
+    for name in ("one-to-two", "two-to-one"):
+        assert distance(undisturbed, tiny.newest(tmp_path / name)) < 1e-5
+        assert distance(train_lines(tmp_path / "undisturbed"), train_lines(tmp_path / name)) < 1e-4
+
+    # A part that is broken or gone is noticed, by one line.
+    newest = list_checkpoints(tmp_path / "whole" / "checkpoints")[-1]
+    first, second = sorted((newest / "shards").iterdir())
+    content = second.read_bytes()
+    second.write_bytes(content[:-100])
+    with pytest.raises(UserError, match="shards: not a readable checkpoint"):
+        load_state(newest)
+    second.write_bytes(content)
+    first.unlink()
+    with pytest.raises(UserError, match="shards: not a readable checkpoint"):
+        load_state(newest)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_whatever_is_trained(tmp_path: Path) -> None:
+    for kind in dict.fromkeys(kind for kind, _ in SLOW):
+        run(make(tmp_path, kind), tmp_path / kind)
+    two(tmp_path, [planned(*one) for one in SLOW])
+    for kind, shard in SLOW:
+        check_equal(tmp_path, kind, shard)

@@ -229,10 +229,10 @@ def test_what_cannot_work_is_refused_at_once(tmp_path: Path, changes: dict[str, 
         tiny.job(tmp_path, tiny.policy("mdpo", rollout=changes))
 
 
-def test_fewer_prompts_than_processes_are_refused(tmp_path: Path) -> None:
+def test_fewer_chains_than_processes_are_refused(tmp_path: Path) -> None:
     job = tiny.job(tmp_path, tiny.policy("mdpo"))
-    job.trainer.ranks.world = 5
-    with pytest.raises(UserError, match=r"policy\.rollout\.prompts: 4 are fewer than the 5 processes"):
+    job.trainer.ranks.world = 17  # of 16 chains
+    with pytest.raises(UserError, match=r"policy\.rollout\.prompts: 4 give fewer chains .* than the 17 processes"):
         type(job)(job.trainer, job.policy, job.evaluation, job.log, seed=0)
 
 

@@ -61,6 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (default: one per position)")
     parser.add_argument("--block", type=int, metavar="N", help="block length (default: full diffusion)")
     parser.add_argument("--solver", metavar="NAME[:field=value,...]", help="outputs that tokens use (default: first)")
+    parser.add_argument(
+        "--cache", metavar="NAME[:field=value,...]", help="keys and values that steps take over (default: none)"
+    )
     parser.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest (default: 0)")
     parser.add_argument("--top-p", type=float, metavar="P", help="nucleus filter")
     parser.add_argument("--top-k", type=int, metavar="K", help="top-k filter")
@@ -78,8 +81,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 OPTIONS = {
     "steps": "--steps", "block_length": "--block", "rule": "--rule", "schedule": "--schedule", "solver": "--solver",
-    "transform": "--transform", "temperature": "--temperature", "top_p": "--top-p", "top_k": "--top-k",
-    "rank_by": "--rank-by", "stop_at_end": "--stop-at-end",
+    "transform": "--transform", "cache": "--cache", "temperature": "--temperature", "top_p": "--top-p",
+    "top_k": "--top-k", "rank_by": "--rank-by", "stop_at_end": "--stop-at-end",
 }  # fmt: skip
 
 
@@ -257,6 +260,7 @@ def _sampler(
     args: argparse.Namespace, recipe: DecodeRecipe | None, length: int, denoiser: MaskedDenoiser
 ) -> Sampler:
     from unveil.cli.decoders import plugin, rule, sampler
+    from unveil.samplers.caches import Cache
     from unveil.samplers.schedules import Schedule
     from unveil.samplers.solvers import Solver
     from unveil.samplers.transforms import Transform
@@ -275,6 +279,7 @@ def _sampler(
         "schedule": None if args.schedule is None else plugin(args.schedule, "--schedule", Schedule),
         "transform": None if args.transform is None else plugin(args.transform, "--transform", Transform),
         "solver": None if args.solver is None else plugin(args.solver, "--solver", Solver),
+        "cache": None if args.cache is None else plugin(args.cache, "--cache", Cache),
         "temperature": args.temperature,
         "top_p": args.top_p,
         "top_k": args.top_k,

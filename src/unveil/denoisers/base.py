@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from unveil.denoisers.kept import KeyValues
 from unveil.denoisers.tokenizer import TextTokenizer
 from unveil.denoisers.unmask import FILE, UnmaskNetwork, load_unmask, read_unmask_header, save_unmask
 from unveil.processes.masked import MaskedProcess
@@ -52,6 +53,11 @@ class DenoiserSpec:
     """The noise schedule that log-scores belong to."""
     feature_dim: int = 0
     """D of `features`; 0 where nothing but the head may read them."""
+    keeps_keys: bool = False
+    """True if the network has a `window`: features of some columns, with kept keys and values of the others."""
+    attention_block: int | None = None
+    """Positions see their block of so many tokens, counted from the first token of the canvas, and all blocks before
+    it. None: all positions see one another."""
     corruption: Literal["mask", "uniform"] = "mask"
     """What noise is made of: masks, or random tokens (`UniformDenoiser`)."""
     canvas_length: int | None = None
@@ -82,6 +88,10 @@ class Denoiser(nn.Module):
     @abstractmethod
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, model.safetensors and whatever else opens the model again."""
+
+    def save_adapter(self, wrapped: Any, folder: Path) -> None:
+        """Write the low-rank adapters that ``peft`` put into it (``wrapped``) in the standard format."""
+        wrapped.save_pretrained(str(folder))
 
     def checkpoint_gradients(self) -> None:
         """From now on trade time for memory in training: recompute activations in the backward pass.
@@ -127,6 +137,18 @@ class MaskedDenoiser(Denoiser):
         changes the features of valid positions: a padded batch equals single calls to 1e-5.
         """
 
+    def window(self, ids: Tensor, valid: Tensor, kept: KeyValues, columns: Tensor | None = None) -> Tensor:
+        """Features (n, W, D) at some columns of the canvases ``ids`` (n, L), which attend to ``kept`` at the others.
+
+        The keys and values of ``columns`` are replaced by new ones. Only for networks whose spec `keeps_keys`.
+
+        Args:
+            kept: the memory of these n canvases.
+            columns: (n, W) ascending, neighbours but for repetitions, inside each row's valid part; None: all L, which
+                is `features` and fills the memory.
+        """
+        raise NotImplementedError(f"{type(self).__name__} keeps no keys")
+
     @abstractmethod
     def head(self, features: Tensor) -> Tensor:
         """The prediction (..., V), see `DenoiserSpec.prediction`, of features (..., D); -inf at the forbidden ids."""
@@ -140,6 +162,12 @@ class MaskedDenoiser(Denoiser):
         if valid is None:
             valid = torch.ones_like(ids, dtype=torch.bool)
         return self.head(self.features(ids, valid, t))
+
+    def idle(self) -> Tensor:
+        """The sum of the features of the shortest canvas: what a rank computes to keep step with others."""
+        ids = torch.full((1, 1), self.spec.mask_id, device=self.device)
+        times = torch.ones(1, device=self.device) if self.spec.time_conditioned else None
+        return self.features(ids, torch.ones_like(ids, dtype=torch.bool), times).sum()
 
     @property
     def unmask(self) -> nn.Module | None:

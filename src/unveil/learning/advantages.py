@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from unveil.registry import Plugin
+from unveil.registry import Plugin, UserError
 
 EPSILON = 1e-4
 """Added to the standard deviation of a group."""
@@ -21,6 +23,10 @@ class Advantage(Plugin, family="advantage"):
     """True if the reward of every step's guess is needed, not only that of the finished response."""
     per_step: ClassVar[bool] = False
     """True if the steps of a chain differ in their advantages."""
+    reads_parts: ClassVar[bool] = False
+    """True if it wants the parts of a sum of rewards apart: `mix` is then asked instead of `advantages`."""
+    by_prompt: ClassVar[bool] = False
+    """True if chains belong together by their prompt: equal prompts have equal ids, at every update of every run."""
 
     def advantages(self, rewards: Tensor, active: Tensor, group: Tensor) -> Tensor:
         """Advantages (B, S), 0 at inactive steps.
@@ -32,6 +38,23 @@ class Advantage(Plugin, family="advantage"):
         """
         raise NotImplementedError
 
+    def mix(self, parts: Mapping[str, Tensor], weights: Mapping[str, float], active: Tensor, group: Tensor) -> Tensor:
+        """Advantages (B, S) from the rewards of every part by itself.
+
+        Args:
+            parts: (B, S) per part, as ``rewards`` above; nan where a part does not apply to a chain.
+            weights: of the parts that are optimised.
+            active, group: as above.
+        """
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, of advantages that remember earlier updates."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+
 
 @dataclass(kw_only=True)
 class GroupAdvantage(Advantage, name="group"):
@@ -39,13 +62,114 @@ class GroupAdvantage(Advantage, name="group"):
 
     center: Literal["mean", "leave_one_out"] = "mean"
     """What is subtracted: the group's mean, or the mean of the others (RLOO)."""
-    scale: Literal["std", "none"] = "std"
-    """Divide by the group's standard deviation, or not (diffu-GRPO, Dr. GRPO)."""
+    scale: Literal["std", "batch_std", "none"] = "std"
+    """Divide by the group's standard deviation, by that of all rewards of the update (Flow-GRPO), or not (diffu-GRPO,
+    Dr. GRPO)."""
+    clip: Annotated[float, Field(gt=0)] | None = None
+    """Largest absolute value; None: no limit."""
 
     def advantages(self, rewards: Tensor, active: Tensor, group: Tensor) -> Tensor:
         final = terminal(rewards, active)[:, None]
         known = torch.ones_like(final, dtype=torch.bool)
-        return normalise_by_group(final, known, group, center=self.center, scale=self.scale) * active
+        own: Literal["std", "none"] = "std" if self.scale == "std" else "none"
+        values = normalise_by_group(final, known, group, center=self.center, scale=own)
+        if self.scale == "batch_std":
+            values = values / ((final.std() if len(final) > 1 else 0.0) + EPSILON)
+        if self.clip is not None:
+            values = values.clamp(-self.clip, self.clip)
+        return values * active
+
+
+@dataclass(kw_only=True)
+class PromptHistory(Advantage, name="prompt_history"):
+    """(r - mean) / std over the last rewards of the same prompt, those of this update included (DDPO, 2305.13301).
+
+    A prompt that has not been seen often enough has the statistics of the update instead.
+    """
+
+    by_prompt: ClassVar[bool] = True
+    size: Annotated[int, Field(ge=1)] = 16
+    """Rewards that are remembered per prompt."""
+    least: Annotated[int, Field(ge=1)] = 16
+    """Rewards from which on a prompt has statistics of its own. Above ``size`` none ever has: a plain z-score."""
+    clip: Annotated[float, Field(gt=0)] | None = 5.0
+    """Largest absolute value; None: no limit."""
+    remembered: dict[int, list[float]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def advantages(self, rewards: Tensor, active: Tensor, group: Tensor) -> Tensor:
+        final = terminal(rewards, active).double()
+        for prompt, reward in zip(group.tolist(), final.tolist(), strict=True):
+            self.remembered[prompt] = [*self.remembered.get(prompt, []), reward][-self.size :]
+        values = torch.zeros_like(final)
+        for prompt in set(group.tolist()):
+            own = torch.tensor(self.remembered[prompt], dtype=torch.float64)
+            over = own if len(own) >= self.least else final
+            rows = group == prompt
+            values[rows] = (final[rows] - over.mean()) / (over.std(correction=0) + 1e-6)
+        if self.clip is not None:
+            values = values.clamp(-self.clip, self.clip)
+        return values.float()[:, None] * active
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"remembered": {prompt: list(rewards) for prompt, rewards in self.remembered.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.remembered = {prompt: list(rewards) for prompt, rewards in state["remembered"].items()}
+
+
+@dataclass(kw_only=True)
+class RewardWeights(Advantage, name="reward_weights"):
+    """No advantage but a weight >= 0 with mean 1 over the update: reward-weighted regression."""
+
+    form: Literal["softmax", "top"] = "softmax"
+    """exp(z / temperature) of the update's z-scores z, or 1 for the best ``share`` of the chains and 0 for the rest."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Of the softmax; small ones look at the best chains alone."""
+    share: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """Of ``top``."""
+
+    def advantages(self, rewards: Tensor, active: Tensor, group: Tensor) -> Tensor:
+        final = terminal(rewards, active).double()
+        if self.form == "softmax":
+            z = (final - final.mean()) / (final.std(correction=0) + EPSILON)
+            weight = (z / self.temperature).softmax(0) * len(final)
+        else:
+            chosen = max(1, round(self.share * len(final)))
+            # Equal rewards at the border share what is left for them, so that their order decides nothing.
+            border = final.sort(descending=True).values[chosen - 1]
+            above, at = final > border, final == border
+            weight = (above + at * (chosen - above.sum()) / at.sum()) * len(final) / chosen
+        return weight.float()[:, None] * active
+
+
+@dataclass(kw_only=True)
+class Mixed(Advantage, name="mixed"):
+    """Normalise, then sum: each part of a sum of rewards becomes an advantage by itself, and these are added with the
+    parts' weights. A reward of large spread then no longer drowns the others (MixGRPO, 2507.21802; GDPO)."""
+
+    reads_parts = True
+
+    of: Advantage = field(default_factory=GroupAdvantage)
+    """How a part becomes an advantage."""
+    rescale: bool = False
+    """Divide by the deviation over all chains of the batch, as GDPO does, so that the scale does not grow with the
+    number of parts."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.of, GroupAdvantage):
+            raise UserError(f"of: {self.of.name!r} cannot be asked about every part by itself (allowed: group)")
+
+    def mix(self, parts: Mapping[str, Tensor], weights: Mapping[str, float], active: Tensor, group: Tensor) -> Tensor:
+        mixed = torch.zeros(active.shape)
+        for name, weight in weights.items():
+            applies = ~parts[name].isnan().any(1)
+            if applies.any():
+                own = self.of.advantages(parts[name][applies], active[applies], group[applies])
+                mixed[applies] += weight * own
+        if self.rescale:
+            final = terminal(mixed, active)
+            mixed = (mixed - final.mean()) / (final.std() + EPSILON) * active if len(final) > 1 else mixed
+        return mixed
 
 
 def terminal(rewards: Tensor, active: Tensor) -> Tensor:

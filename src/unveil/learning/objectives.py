@@ -76,6 +76,20 @@ class Clipped(Objective, name="clipped"):
         }
 
 
+@dataclass(kw_only=True)
+class Reinforce(Objective, name="reinforce"):
+    """-A log p: the score-function gradient, right for the policy that drew the chains, so for one gradient step."""
+
+    level: Level = "step"
+    """What is logged of a ratio belongs to units of this kind; the gradient is the same for all."""
+
+    def terms(self, log_prob: Tensor, old: Tensor, advantage: Tensor) -> Tensor:
+        return -advantage * log_prob
+
+    def diagnostics(self, log_prob: Tensor, old: Tensor, advantage: Tensor) -> dict[str, float]:
+        return {"log_prob": log_prob.mean().item()}
+
+
 def unit_of(views: Views, level: Level) -> tuple[Tensor, int]:
     """The unit (M,) of every item of the views, in row-major order, and how many there are.
 

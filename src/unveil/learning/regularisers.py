@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -12,14 +12,20 @@ from unveil.learning.objectives import sum_by, unit_of
 from unveil.learning.views import Scores, Views
 from unveil.registry import Plugin
 
+Towards = Literal["reference", "old", "ema"]
+
 
 class Regulariser(Plugin, family="regulariser", default="kl"):
     """A penalty for the distance of the policy from a snapshot. Both have scored the same views."""
 
+    reads: ClassVar[frozenset[str]] = frozenset()
+    """Fields of `Scores` that are read of the snapshot besides the log-probabilities."""
     beta: float
     """Strength; at 0 the snapshot is not evaluated."""
+    towards: Towards
+    """The snapshot."""
 
-    def penalty(self, views: Views, scores: Scores, other: Scores, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def penalty(self, views: Any, scores: Scores, other: Scores, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Unscaled terms (U,) and their weights (U,), whose products are summed.
 
         ``scores`` are the policy's, ``other`` the snapshot's; ``weight`` (N, C) is that of every item.
@@ -32,7 +38,9 @@ class Kl(Regulariser, name="kl"):
     """KL(policy || snapshot) estimated from log-probabilities, per token unit; d = log p_snapshot - log p."""
 
     beta: Annotated[float, Field(ge=0)] = 0.0
-    """Strength; at 0 no reference is evaluated."""
+    """Strength; at 0 no snapshot is evaluated."""
+    towards: Towards = "reference"
+    """The snapshot that the policy is held to."""
     estimator: Literal["k1", "k2", "k3"] = "k3"
     """k1 = -d, k2 = d^2 / 2 (its gradient is that of the reverse KL on-policy), k3 = exp(d) - d - 1."""
 
@@ -52,3 +60,42 @@ class Kl(Regulariser, name="kl"):
         if self.estimator == "k2":
             return 0.5 * difference**2
         return difference.exp() - difference - 1
+
+
+@dataclass(kw_only=True)
+class MeanSpace(Regulariser, name="mean_space"):
+    """|mean - mean of the snapshot|^2 / (2 std^2) per step of a latent, averaged over dimensions: the KL divergence of
+    two Gaussians of one std, divided by their dimensions (Flow-GRPO, arXiv 2505.05470)."""
+
+    reads: ClassVar[frozenset[str]] = frozenset({"mean", "std"})
+    beta: Annotated[float, Field(ge=0)] = 0.0
+    """Strength; at 0 no snapshot is evaluated."""
+    towards: Towards = "reference"
+    """The snapshot that the policy is held to."""
+    rate: bool = False
+    """Divide by the noise rate g^2 = std^2 / (t - s) rather than by std^2, as Flow-GRPO's code does: a step then weighs
+    by its length."""
+
+    def penalty(self, views: Any, scores: Scores, other: Scores, weight: Tensor) -> tuple[Tensor, Tensor]:
+        assert scores.mean is not None and scores.std is not None and other.mean is not None
+        squares = (scores.mean - other.mean.to(scores.mean.device)).square().flatten(1).mean(1)
+        variance = scores.std.to(squares.device) ** 2
+        if self.rate:
+            variance = variance / (views.before[1] - views.after[1]).to(squares.device)
+        return squares / (2 * variance), weight.sum(1)
+
+
+@dataclass(kw_only=True)
+class Velocity(Regulariser, name="velocity"):
+    """|v - v of the snapshot|^2 averaged over dimensions, v = dx/dt of the probability flow (DiffusionNFT, AWM)."""
+
+    reads: ClassVar[frozenset[str]] = frozenset({"velocity"})
+    beta: Annotated[float, Field(ge=0)] = 0.0
+    """Strength; at 0 no snapshot is evaluated."""
+    towards: Towards = "reference"
+    """The snapshot that the policy is held to."""
+
+    def penalty(self, views: Any, scores: Scores, other: Scores, weight: Tensor) -> tuple[Tensor, Tensor]:
+        assert scores.velocity is not None and other.velocity is not None
+        difference = scores.velocity - other.velocity.to(scores.velocity.device)
+        return difference.square().flatten(1).mean(1), weight.sum(1)

@@ -70,6 +70,27 @@ class UniformSteps(Selector, name="uniform"):
         return _largest(torch.stack(draws), trajectory.decided, self.k)
 
 
+@dataclass(kw_only=True)
+class ButLast(Selector, name="but_last"):
+    """All steps that chose something but a chain's last one, whose noise is next to none; or a share of them, drawn
+    anew for every chain (DanceGRPO, 2505.07818)."""
+
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Of those steps, rounded, at least one."""
+
+    def choose(self, advantages: Tensor, trajectory: Trajectory, seeds: Sequence[int], spec: Any) -> Tensor:
+        place = torch.arange(trajectory.steps)
+        open_steps = trajectory.decided & (place != trajectory.last_steps[:, None])
+        if self.share == 1:
+            return open_steps.float()
+        rows = []
+        for seed, own in zip(seeds, open_steps, strict=True):
+            count = max(1, round(self.share * int(own.sum())))
+            draws = torch.rand(trajectory.steps, generator=generator(seed, "steps"))
+            rows.append(_largest(draws[None], own[None], count)[0])
+        return torch.stack(rows)
+
+
 def _largest(value: Tensor, active: Tensor, k: int) -> Tensor:
     order = value.masked_fill(~active, -1).sort(dim=1, descending=True, stable=True).indices[:, :k]
     return (torch.zeros_like(active).scatter_(1, order, True) & active).float()

@@ -39,6 +39,9 @@ class Views:
         length: (N,) this view's share of what a ratio is normalised by.
     """
 
+    steps_are_units: ClassVar[bool] = False
+    """True if every view is one step with one item: what is measured can be told step by step."""
+
     rows: Tensor
     steps: Tensor
     length: Tensor
@@ -92,6 +95,15 @@ class Scores:
     std: Tensor | None = None
     velocity: Tensor | None = None
 
+    def only(self, reads: frozenset[str]) -> Scores:
+        """Without what nobody reads of it, and on the CPU what is as large as the samples."""
+        gone = {"entropy", "mean", "std", "velocity"} - reads
+        small = dataclasses.replace(self, **dict.fromkeys(gone))  # type: ignore[arg-type]
+        for name in {"mean", "velocity"} & reads:
+            value = getattr(small, name)
+            setattr(small, name, None if value is None else value.cpu())
+        return small
+
 
 class Likelihood(Plugin, family="likelihood"):
     """Makes views of a trajectory and scores them."""
@@ -102,6 +114,9 @@ class Likelihood(Plugin, family="likelihood"):
     """True if the views of two inner updates differ; otherwise they are made and scored once."""
     per_step: ClassVar[bool] = True
     """True if views belong to steps (a selector chooses which), False if they stand for the whole chain."""
+
+    reads_old: ClassVar[frozenset[str]] = frozenset()
+    """Fields of `Scores` that `against` reads of the policy that drew the chains, besides the log-probabilities."""
 
     @property
     def scores_samples(self) -> bool:
@@ -126,6 +141,10 @@ class Likelihood(Plugin, family="likelihood"):
     def score(self, denoiser: Any, views: Any, sampler: Any) -> Scores:
         """Log-probabilities of all items under the distributions that ``sampler`` draws from."""
         raise NotImplementedError
+
+    def against(self, scores: Scores, old: Scores, views: Any) -> Scores:
+        """The scores, where they depend on what the policy that drew the chains says of the same views."""
+        return scores
 
 
 class TokenFilter(Plugin, family="token_filter"):

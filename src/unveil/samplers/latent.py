@@ -88,7 +88,7 @@ class LatentSampler(Sampler, name="latent"):
     def transition(
         self, denoiser: ContinuousDenoiser, x: Tensor, t: Tensor, s: Tensor, condition: Condition
     ) -> tuple[Gaussian, Guess]:
-        """The distribution of x_s given x (B, *D) inside the window, from times t to s (B,), and the guess behind it."""
+        """The distribution of x_s given x (B, *D) inside the window, times t and s (B,), and the guess behind it."""
         guess = self.guidance.guess(denoiser, x, t, condition)
         return self.kernel.step(denoiser.spec.process, guess, x, t, s), guess
 
@@ -187,7 +187,9 @@ class _Chains:
         else:
             own = stems if self.sampler.share != "nothing" else list(self.seeds)
         scale = self.process.sigma(self.times[:1])
-        return self._draw([generator(seed, "initial") for seed in own]) * spread(scale, torch.zeros(1, device=self.device))
+        return self._draw([generator(seed, "initial") for seed in own]) * spread(
+            scale, torch.zeros(1, device=self.device)
+        )
 
     def _noise(self, step: int, count: int) -> Tensor:
         own = self.stems if step < self.own_from else self.seeds

@@ -113,7 +113,7 @@ class LatentTrajectory(Trajectory):
                 values = [pad_steps(value, width, rest) for value, rest in zip(values, idle, strict=True)]
             joined[name] = torch.cat(values)
         condition = Condition.cat([part.condition for part in parts])
-        return cls(**joined, condition=condition, forwards=sum(part.forwards for part in parts))  # type: ignore[arg-type]
+        return cls(**joined, condition=condition, forwards=sum(part.forwards for part in parts))
 
     def _tensors(self) -> dict[str, Tensor]:
         return super()._tensors() | {f"condition.{name}": value for name, value in self.condition.tensors.items()}

@@ -103,6 +103,7 @@ class Inpaint(GroupHook, name="inpaint"):
         groups = [(rollouts.group == number).nonzero().flatten() for number in rollouts.group.unique()]
         wrong = [members for members in groups if not rollouts.correct[members].any()]
         said = {"all_wrong_groups": len(wrong) / len(groups), "all_wrong_left": len(wrong) / len(groups)}
+        said["replaced"] = 0.0
         if not wrong:
             return rollouts, said
         problems = [rollouts.problems[int(members[0])] for members in wrong]

@@ -98,6 +98,7 @@ class Evaluation:
         ever_correct: share of problems with a right guess at any step; None where guesses are not judged.
         over_denoising: share with a right guess at some step and a wrong end; likewise.
         guess_accuracy: accuracy of the guess at every step; likewise.
+        judged: the samples with all that the task says of them.
         numbers: what the medium and the task have to say besides (``sample_entropy``: mean over problems of the
             response's unigram entropy in nats; ``measure/NAME``: statistics of the whole set).
     """
@@ -112,6 +113,7 @@ class Evaluation:
     samples: list[Sample]
     correct: list[bool]
     scores: list[float]
+    judged: Judged
     ever_correct: float | None = None
     over_denoising: float | None = None
     guess_accuracy: list[float] | None = None
@@ -157,6 +159,7 @@ def evaluate(
         steps_per_chain=trajectory.active.sum(1).float().mean().item(),
         unfinished=trajectory.unfinished.float().mean().item(),
         samples=judged.samples,
+        judged=judged,
         correct=correct,
         scores=[verdict.score for verdict in judged.verdicts],
         numbers=medium.numbers(denoiser, trajectory) | measured,
@@ -205,9 +208,9 @@ def chain_copies(problems: Sequence[Problem]) -> list[int]:
     return found
 
 
-def chain_seeds(problems: Sequence[Problem], seed: int) -> list[int]:
+def chain_seeds(problems: Sequence[Problem], seed: int, copies: Sequence[int] | None = None) -> list[int]:
     """One seed per chain: of the run's seed, the problem, and how often it was listed before."""
-    copies = chain_copies(problems)
+    copies = chain_copies(problems) if copies is None else copies
     return [derive_seed(seed, problem.id, copy) for problem, copy in zip(problems, copies, strict=True)]
 
 
@@ -221,15 +224,17 @@ def sample_problems(
     needs: Iterable[str],
     batch_size: int | None = None,
     on_batch: Callable[[int], None] | None = None,
+    copies: Sequence[int] | None = None,
     **how: Any,
 ) -> Any:
     """One chain per problem; a problem that is listed G times gets G chains with noise of their own.
 
-    ``how`` says where chains start (`Medium.start`): of text, ``initial`` and ``frozen`` as in `Canvas.of`.
+    ``copies`` numbers the chains of a problem if these are not all of them (None: `chain_copies`). ``how`` says where
+    chains start (`Medium.start`): of text, ``initial`` and ``frozen`` as in `Canvas.of`.
     """
-    copies = chain_copies(problems)
+    copies = chain_copies(problems) if copies is None else copies
     origins = Origins(problems=[derive_seed(seed, problem.id) for problem in problems], copies=copies)
-    seeds = chain_seeds(problems, seed)
+    seeds = chain_seeds(problems, seed, copies)
     prompts = [problem.prompt for problem in problems]
     start = medium_of(denoiser).start(denoiser, prompts, response_length, origins, **how)
     was_training = denoiser.training

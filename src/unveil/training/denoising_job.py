@@ -110,7 +110,7 @@ class DenoisingJob:
 
     def update(self, update: int, optimise: Optimise) -> dict[str, Any]:
         ranks = self.trainer.ranks
-        texts = ranks.share(self._texts(update))
+        texts = self._texts(update)
         spec = self.denoiser.spec
         rows = []
         for _, completion in texts:
@@ -122,9 +122,11 @@ class DenoisingJob:
         canvas = Canvas.of(prompts, self.data.response_length, spec, initial=rows)
         maskable = canvas.valid.clone()
         maskable[:, : canvas.prompt_width] = False
-        stream = generator(self.seed, "corrupt", update, ranks.rank)
+        # Every rank masks the whole batch and keeps its part, so that the masks do not depend on their number.
+        stream, own = generator(self.seed, "corrupt", update, 0), ranks.part(len(texts))
         corrupted = corrupt(self.process, canvas.ids, maskable, form=self.data.form, generator=stream)
-        batch = len(texts)
+        canvas, corrupted = canvas.rows(own), corrupted.slice(own, torch.device("cpu"))
+        batch = len(canvas)
         share = batch / self.data.batch
         size = self.trainer.optim.microbatch
         losses = [

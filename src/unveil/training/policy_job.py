@@ -3,31 +3,35 @@ rollouts and the gradient steps on it."""
 
 from __future__ import annotations
 
+import functools
+import math
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from unveil.learning.advantages import Advantage, terminal
 from unveil.learning.views import Inner
 from unveil.registry import UserError
 from unveil.samplers.base import Sampler
 from unveil.samplers.masked import MaskedSampler
 from unveil.seeds import derive_seed, generator
 from unveil.tasks.base import Problem
-from unveil.tasks.evaluate import chain_copies, evaluate, judge, over_denoised, sample_problems
+from unveil.tasks.evaluate import chain_copies, evaluate, judge, sample_problems
 from unveil.tasks.medium import medium_of
-from unveil.training.gradient_steps import GradientSteps, Means
+from unveil.training.gradient_steps import GradientSteps
 from unveil.training.log import RunLog
+from unveil.training.outcome import Outcome, mean_over_ranks
 from unveil.training.policy_config import PolicyConfig, PolicyEval, ProblemFilter
 from unveil.training.records import sample_records, trajectory_records
-from unveil.training.rewarding import Rewarded, RewardsLost, reward_chains
-from unveil.training.rollouts import Rollouts
+from unveil.training.rewarding import Rewarded, RewardsLost, bundle_means, reward_chains
+from unveil.training.rollouts import Rollouts, portions
 from unveil.training.trainer import Optimise, Trainer
 
+SNAPSHOT_KEYS = {"old": "old", "ema": "ema_decay"}
 LOST_UPDATES = 3
 """Updates in a row without a single score after which a run stops."""
 
@@ -64,11 +68,22 @@ class PolicyJob:
             raise UserError(
                 "policy.rollout.sampler.temperature: should be greater than 0, got 0 (a group would be all equal)"
             )
+        kept = {"reference", *trainer.snapshots.sets}
+        if missing := [(key, name) for name, key in policy.snapshots.items() if name not in kept]:
+            key, name = missing[0]
+            raise UserError(
+                f"{key}: {name!r}, but the run keeps no such snapshot (give snapshots.{SNAPSHOT_KEYS[name]})"
+            )
         self.held_out = policy.task.problems("test", evaluation.problems, 0)
         self.medium.check_fits(self.denoiser, [p.prompt for p in self.held_out], rollout.response_length)
-        if rollout.prompts < trainer.ranks.world:
+        world, whole = trainer.ranks.world, policy.groups is not None
+        if rollout.prompts * (1 if whole else rollout.group_size) < world:
+            what = "whole groups (policy.groups needs them)" if whole else "chains (prompts * group_size)"
+            raise UserError(f"policy.rollout.prompts: {rollout.prompts} give fewer {what} than the {world} processes")
+        if rollout.prompts * rollout.group_size < policy.minibatches * trainer.ranks.world:
             raise UserError(
-                f"policy.rollout.prompts: {rollout.prompts} are fewer than the {trainer.ranks.world} processes"
+                f"policy.minibatches: {policy.minibatches} are more than the chains of a process "
+                f"({rollout.prompts * rollout.group_size // trainer.ranks.world})"
             )
         self.pool: list[Problem] = []
         self.rolled = self.spent = self.lost_updates = 0
@@ -77,41 +92,44 @@ class PolicyJob:
 
     def update(self, update: int, optimise: Optimise) -> dict[str, Any]:
         policy, self.rewarded = self.policy, []
-        problems = self.trainer.ranks.share(self._problems(update))
-        size = policy.rollout.group_size
-        rows = [problem for problem in problems for _ in range(size)]
-        sampled = self._roll(update, rows, torch.arange(len(problems)).repeat_interleave(size))
-        rollouts, metrics = sampled, self._metrics(sampled)
+        ranks = self.trainer.ranks
+        rollouts = self._sampled(update)
+        outcome, own = Outcome.of(rollouts).everywhere(ranks)
+        metrics = outcome.metrics()
         if policy.groups is not None:
 
             def roll(problems: Sequence[Problem], group: Tensor, **how: Any) -> Rollouts:
                 return self._roll(update, list(problems), group, **how)
 
-            rollouts, said = policy.groups.apply(sampled, roll, self.denoiser)
-            metrics |= said
+            groups = len(rollouts.group.unique())
+            rollouts, said = policy.groups.apply(rollouts, roll, self.denoiser)
+            metrics |= mean_over_ranks(said, groups, ranks)
+            outcome, own = Outcome.of(rollouts).everywhere(ranks)
         trajectory = rollouts.trajectory
         scored = self._count_failures(update, metrics)
-        advantages = _advantages(policy.advantage, rollouts)
+        advantages = outcome.advantages(policy.advantage, policy.reward.part_weights)
         metrics |= {
-            "advantage_abs": (advantages.abs().sum() / trajectory.active.sum().clamp(min=1)).item(),
-            "zero_variance_groups": _equal_groups(rollouts).float().mean().item(),
+            "advantage_abs": (advantages.abs().sum() / outcome.active.sum().clamp(min=1)).item(),
+            "zero_variance_groups": outcome.equal_groups().float().mean().item(),
         }
+        advantages = advantages[own, : trajectory.active.shape[1]]
         chosen = trajectory.active.float()
         if policy.likelihood.per_step:
             chosen = policy.selector.choose(advantages, trajectory, rollouts.seeds, self.denoiser.spec)
         inner = policy.inner_updates
         views = inner if policy.likelihood.resamples else 1
+        shares = self._shares(update, rollouts, advantages, chosen)
+        keep_old = inner * len(shares) > 1 or policy.rollout.drawn_by != "policy"
         batches = [
-            self.steps.batch(rollouts, advantages, chosen, Inner(number, inner), keep_old=inner > 1)
+            [self.steps.batch(*share, Inner(number, inner), keep_old=keep_old) for share in shares]
             for number in range(views)
         ]
-        self.steps.compare(batches)
+        self.steps.compare([batch for same in batches for batch in same])
         for number in range(inner):
-            batch = batches[number % views]
-            batch.diagnostics = Means()
-            result: dict[str, Any] = optimise(self.steps.losses(batch) if scored else [])
-            metrics |= result | batch.diagnostics.means()
-        cost, ranks = self.trainer.cost, self.trainer.ranks
+            for batch in batches[number % views]:
+                result: dict[str, Any] = optimise(self.steps.losses(batch) if scored else [])
+                metrics |= result | self.steps.measured(batch)
+        cost = self.trainer.cost
         cost.rollouts += round(ranks.total(self.rolled))
         cost.samples = cost.rollouts
         cost.forwards += round(ranks.total(self.spent + self.steps.spent))
@@ -133,17 +151,20 @@ class PolicyJob:
                 )
                 if not self.trainer.ranks.main:
                     continue
-                self.log.metrics("eval", update, {"decoder": name, **result.summary()})
+                means = bundle_means(self.policy.reward, self.held_out, result.judged)
+                self.log.metrics("eval", update, {"decoder": name, **result.summary(), **means})
                 mark = {"step": update, "decoder": name}
                 self.log.lines("samples.jsonl", sample_records(shown, result, self.medium, mark))
                 records = trajectory_records(self.denoiser, self.policy.task, shown, sampler, length, mark)
                 self.log.lines("trajectories.jsonl", records)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"pool": [vars(problem) | {"answer": dict(problem.answer)} for problem in self.pool]}
+        pool = [vars(problem) | {"answer": dict(problem.answer)} for problem in self.pool]
+        return {"pool": pool, "advantage": self.policy.advantage.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.pool = [Problem(**problem) for problem in state["pool"]]
+        self.policy.advantage.load_state_dict(state["advantage"])
 
     def _training_samplers(self) -> list[Sampler]:
         rollout = self.policy.rollout
@@ -163,8 +184,21 @@ class PolicyJob:
         if place == 0 or not self.pool:
             self.pool = self._filtered(choice, epoch)
         order = torch.randperm(len(self.pool), generator=generator(self.seed, "order", update)).tolist()
-        count = min(count, max(len(order), self.trainer.ranks.world))  # every rank needs a problem
+        # Every rank needs a chain, or a group.
+        least = self.trainer.ranks.world / (1 if self.policy.groups is not None else self.policy.rollout.group_size)
+        count = min(count, max(len(order), math.ceil(least)))
         return [self.pool[order[index % len(order)]] for index in range(count)]
+
+    def _sampled(self, update: int) -> Rollouts:
+        """This rank's even part of all chains: a group may lie on several ranks, but for a hook it is whole."""
+        problems, size, ranks = self._problems(update), self.policy.rollout.group_size, self.trainer.ranks
+        rows = [problem for problem in problems for _ in range(size)]
+        part = ranks.part(len(rows))
+        if self.policy.groups is not None:
+            groups = ranks.part(len(problems))
+            part = slice(groups.start * size, groups.stop * size)
+        group = torch.arange(len(problems)).repeat_interleave(size)
+        return self._roll(update, rows[part], group[part], copies=chain_copies(rows)[part])
 
     def _filtered(self, choice: ProblemFilter, epoch: int) -> list[Problem]:
         candidates = self.policy.task.problems("train", choice.pool, derive_seed(self.seed, "pool", epoch))
@@ -184,34 +218,70 @@ class PolicyJob:
         group: Tensor,
         *,
         label: str = "",
+        copies: Sequence[int] | None = None,
         sampler: Sampler | None = None,
         **how: Any,
     ) -> Rollouts:
         """Draw and judge one chain per problem; see `unveil.training.rollouts.Roll`."""
-        policy, rollout = self.policy, self.policy.rollout
-        own = [label] if label else []
-        trajectory = sample_problems(
-            self.denoiser, problems, sampler or self._sampler(update), response_length=rollout.response_length,
-            seed=derive_seed(self.seed, "rollout", update, *own), needs=self._needs(), batch_size=rollout.batch_size,
-            **how,
-        )  # fmt: skip
-        # Ranks are asked once at the end of an update: a hook may draw on some of them only.
-        self.rolled += len(problems)
-        self.spent += trajectory.forwards
+        rollout, own = self.policy.rollout, [label] if label else []
+        numbers = chain_copies(problems) if copies is None else copies
+        seeds = [
+            derive_seed(self.seed, "chain", update, problem.id, copy, *own)
+            for problem, copy in zip(problems, numbers, strict=True)
+        ]
+
+        def drawn(part: slice) -> Any:
+            with self.trainer.using(rollout.drawn_by):
+                trajectory = sample_problems(
+                    self.denoiser, problems[part], sampler or self._sampler(update),
+                    response_length=rollout.response_length, seed=derive_seed(self.seed, "rollout", update, *own),
+                    needs=self._needs(), batch_size=rollout.batch_size, copies=numbers[part], **how,
+                )  # fmt: skip
+            # Ranks are asked once at the end of an update: a hook may draw on some of them only.
+            self.rolled += len(problems[part])
+            self.spent += trajectory.forwards
+            return trajectory
+
+        if how or not rollout.score_beside:
+            found = [self._scored(problems, group, seeds, drawn(slice(None)))]
+        else:
+            with ThreadPoolExecutor(1) as beside:
+                parts = portions(group, rollout.batch_size)
+                # The next trajectory is drawn while the thread is busy with the last one.
+                waiting = [
+                    beside.submit(self._scored, problems[part], group[part], seeds[part], drawn(part)) for part in parts
+                ]
+                found = [one.result() for one in waiting]
+        self.rewarded += [rewarded for _, rewarded in found]
+        return functools.reduce(Rollouts.extend, [rollouts for rollouts, _ in found])
+
+    @torch.no_grad()
+    def _scored(
+        self, problems: list[Problem], group: Tensor, seeds: list[int], trajectory: Any
+    ) -> tuple[Rollouts, Rewarded]:
+        """Chains with their verdicts and rewards."""
+        policy = self.policy
         judged = judge(policy.task, problems, self.denoiser, trajectory)
         rewarded = reward_chains(policy.reward, problems, judged, trajectory, self.medium)
-        self.rewarded.append(rewarded)
         rewards = rewarded.values
         if policy.shaping is not None:
             rewards = policy.shaping.shape(rewards, trajectory) * rewarded.known[:, None]
-        seeds = [
-            derive_seed(self.seed, "chain", update, problem.id, copy, *own)
-            for problem, copy in zip(problems, chain_copies(problems), strict=True)
-        ]
-        return Rollouts(
+        rollouts = Rollouts(
             problems=problems, group=group, trajectory=trajectory, judged=judged, rewards=rewards,
-            known=rewarded.known, seeds=seeds,
+            known=rewarded.known, seeds=seeds, parts=rewarded.parts,
         )  # fmt: skip
+        return rollouts, rewarded
+
+    def _shares(
+        self, update: int, rollouts: Rollouts, advantages: Tensor, chosen: Tensor
+    ) -> list[tuple[Rollouts, Tensor, Tensor]]:
+        """The chains of each gradient step of a pass, with their advantages and factors."""
+        count = self.policy.minibatches
+        if count == 1:
+            return [(rollouts, advantages, chosen)]
+        stream = generator(self.seed, "minibatches", update, self.trainer.ranks.rank)
+        dealt = torch.randperm(len(rollouts), generator=stream).tensor_split(count)
+        return [(rollouts.rows(rows), advantages[rows], chosen[rows]) for rows in (own.sort().values for own in dealt)]
 
     def _sampler(self, update: int) -> Sampler:
         rollout = self.policy.rollout
@@ -254,47 +324,3 @@ class PolicyJob:
                 f"{self.lost_updates} updates in a row: stopped (the last checkpoint is good)"
             )
         return lost < asked
-
-    def _metrics(self, rollouts: Rollouts) -> dict[str, Any]:
-        """What the policy's own chains say, before any hook."""
-        trajectory, judged = rollouts.trajectory, rollouts.judged
-        final, known = terminal(rollouts.rewards, trajectory.active), rollouts.known
-        active = trajectory.active
-        values: dict[str, Any] = {
-            "reward": final[known].mean().item(),
-            "unrewarded": 1 - known.float().mean().item(),
-            "accuracy": rollouts.correct.float().mean().item(),
-            "score": sum(v.score for v in judged.verdicts) / len(judged.verdicts),
-            "group_reward_std": _group_deviation(final, known, rollouts.group),
-            "steps_per_chain": active.sum(1).float().mean().item(),
-            "unfinished": trajectory.unfinished.float().mean().item(),
-        }
-        values |= {f"reward/{name}": mean for name, mean in self.rewarded[0].parts.items()}
-        if judged.guess_correct is not None:
-            values["over_denoising"] = over_denoised(judged).float().mean().item()
-            values["guess_accuracy"] = (judged.guess_correct.sum(0) / active.sum(0).clamp(min=1)).tolist()
-        return values
-
-
-def _advantages(advantage: Advantage, rollouts: Rollouts) -> Tensor:
-    """(B, S); a chain without a reward is no member of its group, and has advantage 0."""
-    known, trajectory = rollouts.known, rollouts.trajectory
-    values = torch.zeros(trajectory.active.shape)
-    if known.any():
-        own = (rollouts.rewards[known], trajectory.active[known], rollouts.group[known])
-        values[known] = advantage.advantages(*own)
-    return values
-
-
-def _equal_groups(rollouts: Rollouts) -> Tensor:
-    """(groups,) True where all finished samples of a group have the same reward: there is nothing to learn."""
-    final = terminal(rollouts.rewards, rollouts.trajectory.active)
-    own = [final[(rollouts.group == group) & rollouts.known] for group in rollouts.group.unique()]
-    return torch.tensor([len(values.unique()) <= 1 for values in own])
-
-
-def _group_deviation(final: Tensor, known: Tensor, group: Tensor) -> float:
-    """Standard deviation of ``final`` (B,) within a group, mean over the groups with two known members or more."""
-    own = [final[known & (group == number)] for number in group.unique()]
-    spread = [values.std() for values in own if len(values) > 1]
-    return torch.stack(spread).mean().item() if spread else 0.0

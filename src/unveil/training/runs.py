@@ -19,6 +19,7 @@ from unveil.denoisers.base import Denoiser, MaskedDenoiser
 from unveil.denoisers.continuous import ContinuousDenoiser
 from unveil.denoisers.image import Classes, ImageDenoiser, ImageModel, ImageNetwork, Prompts
 from unveil.denoisers.load import load_denoiser
+from unveil.denoisers.pipelines import PipelineOptions
 from unveil.denoisers.pretrained import Dtype
 from unveil.denoisers.score import ScoreConfig, ScoreDenoiser
 from unveil.denoisers.tokenizer import TextTokenizer
@@ -27,15 +28,18 @@ from unveil.denoisers.unmask import UnmaskNetwork
 from unveil.processes.gaussian import Flow, GaussianProcess, Prediction
 from unveil.recipe import dump, to_yaml
 from unveil.registry import UserError
+from unveil.rewards.networks import JudgeShape
 from unveil.seeds import derive_seed, generator
 from unveil.training.checkpoints import write_text
 from unveil.training.denoising_job import DenoisingConfig, DenoisingEval, DenoisingJob
 from unveil.training.distribution import Ranks
+from unveil.training.judge_job import JudgeData, JudgeEval, JudgeJob, fresh_judge
 from unveil.training.log import LogConfig, RunLog
 from unveil.training.lora import Adapter, LoraSettings
 from unveil.training.matching_job import MatchingJob, check_images
 from unveil.training.policy_config import PolicyConfig, PolicyEval
 from unveil.training.policy_job import PolicyJob
+from unveil.training.sharding import DistributedConfig, Shards
 from unveil.training.snapshots import SnapshotConfig
 from unveil.training.trainer import CheckpointConfig, Job, OptimConfig, Trainer
 
@@ -84,6 +88,7 @@ class PretrainRecipe:
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     snapshots: SnapshotConfig = field(default_factory=SnapshotConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     log: LogConfig = field(default_factory=LogConfig)
     updates: Annotated[int, Field(ge=1)]
     """Optimiser steps."""
@@ -103,6 +108,8 @@ class BaseModel:
     """Wrap prompts into a published model's chat template."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third more time, a fraction of the memory."""
+    pipeline: PipelineOptions | None = None
+    """How a published image pipeline is used: resolution, embedded guidance, prompt length."""
     lora: LoraSettings | None = None
     """Train low-rank adapters instead of all weights."""
     unmask: UnmaskNetwork | None = None
@@ -123,11 +130,48 @@ class TrainRecipe:
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     snapshots: SnapshotConfig = field(default_factory=SnapshotConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     log: LogConfig = field(default_factory=LogConfig)
     updates: Annotated[int, Field(ge=1)]
     """Policy updates (batches of rollouts)."""
     seed: int = 0
     """Everything random derives from it."""
+
+
+@dataclass(kw_only=True)
+class JudgeRecipe:
+    """What `unveil pretrain` runs for a network that judges images."""
+
+    judge: JudgeShape
+    """Its kind and shape."""
+    data: JudgeData
+    eval: JudgeEval = field(default_factory=JudgeEval)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    updates: Annotated[int, Field(ge=1)]
+    """Optimiser steps."""
+    seed: int = 0
+    """Everything random derives from it."""
+
+
+def teach(recipe: JudgeRecipe, run: Path, *, resume: bool = False, progress: Progress | None = None) -> bool:
+    """Teach a network to judge images. Returns False if interrupted.
+
+    Raises:
+        UserError: before any work, if something in the recipe or the run folder does not fit.
+    """
+    ranks = Ranks()
+    pupil = fresh_judge(recipe.judge, recipe.data.task, recipe.seed).to(ranks.device)
+    trainer = Trainer(
+        pupil, recipe.optim, recipe.checkpoint, SnapshotConfig(),
+        updates=recipe.updates, eval_every=recipe.eval.every, run=run, ranks=ranks,
+    )  # fmt: skip
+
+    def make(log: RunLog) -> Job:
+        return JudgeJob(trainer, recipe.data, recipe.eval, log, seed=recipe.seed)
+
+    return _run(recipe, "judge", run, trainer, make, resume=resume, progress=progress)
 
 
 def pretrain(recipe: PretrainRecipe, run: Path, *, resume: bool = False, progress: Progress | None = None) -> bool:
@@ -137,10 +181,11 @@ def pretrain(recipe: PretrainRecipe, run: Path, *, resume: bool = False, progres
         UserError: before any work, if something in the recipe or the run folder does not fit.
     """
     ranks = Ranks()
-    denoiser = _new_denoiser(recipe.model, recipe.data, recipe.seed).to(ranks.device)
+    denoiser = _new_denoiser(recipe.model, recipe.data, recipe.seed)
+    shards = _place(denoiser, recipe, ranks)
     trainer = Trainer(
         denoiser, recipe.optim, recipe.checkpoint, recipe.snapshots,
-        updates=recipe.updates, eval_every=recipe.eval.every, run=run, ranks=ranks,
+        updates=recipe.updates, eval_every=recipe.eval.every, run=run, ranks=ranks, shards=shards,
     )  # fmt: skip
 
     def make(log: RunLog) -> Job:
@@ -159,8 +204,9 @@ def train(recipe: TrainRecipe, run: Path, *, resume: bool = False, progress: Pro
     ranks = Ranks()
     model = recipe.model
     denoiser: Denoiser = load_denoiser(
-        model.path, dtype=model.dtype, chat=model.chat, gradient_checkpointing=model.gradient_checkpointing
-    ).to(ranks.device)
+        model.path, dtype=model.dtype, chat=model.chat, gradient_checkpointing=model.gradient_checkpointing,
+        pipeline=model.pipeline,
+    )  # fmt: skip
     adapter = None
     if recipe.model.lora is not None:
         torch.manual_seed(recipe.seed)  # peft draws its initial weights from the global generator
@@ -172,16 +218,26 @@ def train(recipe: TrainRecipe, run: Path, *, resume: bool = False, progress: Pro
     if (action := recipe.policy.rollout.sampler.action) is not None and isinstance(denoiser, MaskedDenoiser):
         denoiser.unmask_action = dump(action)
     choose_trained(denoiser, recipe.model.train)
+    shards = _place(denoiser, recipe, ranks)
     trainer = Trainer(
         denoiser, recipe.optim, recipe.checkpoint, recipe.snapshots,
         updates=recipe.updates, eval_every=recipe.eval.every, run=run, ranks=ranks, adapter=adapter,
-        keep_reference=recipe.policy.kl.beta > 0,
+        keep_reference=recipe.policy.keeps_reference, shards=shards,
     )  # fmt: skip
 
     def make(log: RunLog) -> Job:
         return PolicyJob(trainer, recipe.policy, recipe.eval, log, seed=recipe.seed)
 
     return _run(recipe, recipe.system, run, trainer, make, resume=resume, progress=progress)
+
+
+def _place(denoiser: Denoiser, recipe: PretrainRecipe | TrainRecipe, ranks: Ranks) -> Shards | None:
+    """Bring a denoiser to the device of this rank, or its part of it."""
+    shard = recipe.distributed.shard
+    if shard == "none" or ranks.world == 1:
+        denoiser.to(ranks.device)
+        return None
+    return Shards(denoiser, shard, ranks, bf16=recipe.optim.precision == "bf16")
 
 
 def attach_unmask(denoiser: MaskedDenoiser, network: UnmaskNetwork, seed: int) -> None:
@@ -209,7 +265,7 @@ def choose_trained(denoiser: Denoiser, what: Literal["all", "denoiser", "unmask"
 
 
 def _run(
-    recipe: PretrainRecipe | TrainRecipe,
+    recipe: PretrainRecipe | JudgeRecipe | TrainRecipe,
     system: str,
     run: Path,
     trainer: Trainer,
@@ -246,7 +302,7 @@ def _run(
     try:
         finished = trainer.fit(job, log, progress)
         status = "finished" if finished else "interrupted"
-        if finished and main:
+        if finished:
             trainer.save_final()
     finally:
         if main:

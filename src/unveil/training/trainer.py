@@ -9,8 +9,8 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -26,6 +26,7 @@ from unveil.training.checkpoints import list_checkpoints, load_state, save_check
 from unveil.training.distribution import Ranks
 from unveil.training.log import Cost, RunLog
 from unveil.training.lora import Adapter
+from unveil.training.sharding import Shards, own_part, whole
 from unveil.training.snapshots import SnapshotConfig, Snapshots
 
 
@@ -124,18 +125,23 @@ class Trainer:
         ranks: Ranks,
         adapter: Adapter | None = None,
         keep_reference: bool = False,
+        shards: Shards | None = None,
     ) -> None:
         self.denoiser, self.optim, self.checkpoints = denoiser, optim, checkpoints
         self.updates, self.eval_every, self.run, self.ranks = updates, eval_every, run, ranks
-        self.adapter = adapter
-        moving = snapshots.reference_sync is not None
-        self.snapshots = Snapshots(denoiser, snapshots, keep_reference=keep_reference and (adapter is None or moving))
-        self.parameters = [p for p in denoiser.parameters() if p.requires_grad]
+        self.adapter, self.shards = adapter, shards
+        kept = keep_reference and (adapter is None or snapshots.moves_reference)
+        self.snapshots = Snapshots(denoiser, snapshots, keep_reference=kept)
+        # Taken while the weights are split: the network's own parameters are others when they are whole.
+        self.named = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
+        self.parameters = list(self.named.values())
         self.optimizer = torch.optim.AdamW(self._parameter_groups(), lr=optim.lr, betas=optim.betas)
         self.cost = Cost()
         self.done = 0
         self.bad_steps = 0
         self.interrupted = False
+        if shards is not None:
+            shards.join()
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """Matrices decay, vectors do not; a learned unmasking rule may have a learning rate of its own."""
@@ -157,11 +163,28 @@ class Trainer:
         """Context in which the denoiser is the reference policy."""
         if self.adapter is not None and "reference" not in self.snapshots.sets:
             return self.adapter.off()
-        return self.snapshots.use("reference")
+        return self._using("reference")
+
+    def using(self, name: str) -> Any:
+        """Context in which the denoiser is a snapshot, or the ``policy`` as it is."""
+        return self.reference() if name == "reference" else self._using(name)
 
     def evaluated(self) -> Any:
         """Context in which the denoiser is what gets evaluated and saved (the average where one is kept)."""
-        return self.snapshots.use("ema")
+        return self._using("ema")
+
+    @contextmanager
+    def _using(self, name: str) -> Iterator[None]:
+        if self.shards is None or name not in self.snapshots.sets:
+            with self.snapshots.use(name):
+                yield
+            return
+        self.shards.split()
+        with self.snapshots.use(name):
+            self.shards.join()
+            yield
+            self.shards.split()
+        self.shards.join()
 
     def fit(self, job: Job, log: RunLog, on_update: Callable[[int, dict[str, Any]], None] | None = None) -> bool:
         """Run the remaining updates. Returns False if interrupted (a checkpoint is then written).
@@ -180,7 +203,7 @@ class Trainer:
                     group["lr"] = lr * group["scale"]
                 metrics = job.update(self.done, self.optimise)
                 self.done += 1
-                self.snapshots.after_update(self.done)
+                metrics |= self.snapshots.after_update(self.done, metrics.get("kl"))
                 self.cost.seconds += time.perf_counter() - started
                 metrics |= {"lr": lr, "forwards": self.cost.forwards, "seconds": self.cost.seconds}
                 if self.ranks.main:
@@ -194,8 +217,8 @@ class Trainer:
                 # In a row of bad steps nothing is saved, so that the newest checkpoint is one from before them.
                 if last or stop or (self.done % self.checkpoints.every == 0 and self.bad_steps == 0):
                     self._check_weights()
+                    self.save(job)
                     if self.ranks.main:
-                        self.save(job)
                         log.cost(self.cost)
         return self.done == self.updates
 
@@ -203,6 +226,15 @@ class Trainer:
         """One gradient step on the sum of the losses, each backpropagated by itself; none if nothing has a gradient."""
         self.optimizer.zero_grad(set_to_none=True)
         self.denoiser.train()
+        if self.shards is None:
+            return self._step(*self._backward(losses))
+        self.shards.split()
+        result = self._step(*self._backward_in_step(self.shards, list(losses)))
+        self.shards.join()
+        return result
+
+    def _backward(self, losses: Iterable[Loss]) -> tuple[float, bool]:
+        """The sum of the losses on this rank, and whether there was a gradient."""
         total, taught = 0.0, False
         for loss in losses:
             with self.autocast():
@@ -211,11 +243,25 @@ class Trainer:
                 value.backward()
                 taught = True
             total += value.item()
+        self.ranks.sum_gradients(self.parameters)
+        return total, taught
+
+    def _backward_in_step(self, shards: Shards, losses: list[Loss]) -> tuple[float, bool]:
+        """The same of split weights: as many backward passes as on the rank with most losses."""
+        total = 0.0
+        for number in range(round(self.ranks.largest(len(losses)))):
+            with self.autocast():
+                value = shards.in_step(losses[number] if number < len(losses) else None)
+            value.backward()
+            total += value.item()
+        return total, bool(losses)
+
+    def _step(self, total: float, taught: bool) -> dict[str, float]:
         if not self.ranks.total(float(taught)):  # momentum alone must not move weights
             return {"loss": total, "grad_norm": 0.0, "skipped": 0.0}
-        self.ranks.sum_gradients(self.parameters)
         total = self.ranks.total(total)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.optim.max_grad_norm).item()
+        limited = torch.nn.utils.clip_grad_norm_(self.parameters, self.optim.max_grad_norm)
+        norm = whole(limited).item()
         if not (math.isfinite(total) and math.isfinite(norm)):
             self._bad_step(total, norm)
             return {"loss": total, "grad_norm": norm, "skipped": 1.0}
@@ -235,7 +281,8 @@ class Trainer:
         return self.ranks.total(float(self.interrupted)) > 0
 
     def _check_weights(self) -> None:
-        if not all(bool(parameter.isfinite().all()) for parameter in self.parameters):
+        bad = not all(bool(own_part(parameter).isfinite().all()) for parameter in self.parameters)
+        if self.ranks.total(float(bad)):
             raise NumericalError(f"update {self.done}: weights are nan or inf: stopped (the last checkpoint is good)")
 
     def _bad_step(self, loss: float, norm: float) -> None:
@@ -248,8 +295,10 @@ class Trainer:
             raise NumericalError(f"{message}, {self.bad_steps} in a row: stopped (the last checkpoint is good)")
 
     def save_model(self, folder: Path) -> None:
-        """Write the evaluated weights: a model folder, or an adapter folder for LoRA."""
-        with self.evaluated():
+        """Write the evaluated weights: a model folder, or an adapter folder for LoRA. All ranks call it."""
+        with self.evaluated(), self._writable(trained=self.adapter is not None):
+            if not self.ranks.main:
+                return
             if self.adapter is not None:
                 self.adapter.save(folder)
                 self.denoiser.save_unmask(folder)
@@ -258,19 +307,26 @@ class Trainer:
 
     def save_final(self) -> None:
         """Write RUN/model, which every command opens; with LoRA also RUN/adapter, and the model then has it merged in.
+        All ranks call it.
 
         The last act of a run: merged adapters cannot be trained on.
         """
         if self.adapter is not None:
-            write_folder(self.run / "adapter", self.save_model)
-        with self.evaluated():
-            final = self.denoiser if self.adapter is None else self.adapter.merge()
-            write_folder(self.run / "model", final.save_pretrained)
+            write_folder(self.run / "adapter", self.save_model, self.ranks)
+        with self.evaluated(), self._writable(trained=False):
+            if self.ranks.main:
+                final = self.denoiser if self.adapter is None else self.adapter.merge()
+                write_folder(self.run / "model", final.save_pretrained)
+
+    def _writable(self, *, trained: bool) -> Any:
+        """Context in which the main rank's denoiser can be saved."""
+        return nullcontext() if self.shards is None else self.shards.whole_on_main(trained=trained)
 
     def save(self, job: Job) -> None:
+        """Write a checkpoint. All ranks call it."""
         state = {
             "update": self.done,
-            "weights": {name: p.detach() for name, p in self.denoiser.named_parameters() if p.requires_grad},
+            "weights": {name: parameter.detach() for name, parameter in self.named.items()},
             "optimizer": self.optimizer.state_dict(),
             "snapshots": self.snapshots.state_dict(),
             "cost": vars(self.cost).copy(),
@@ -278,7 +334,7 @@ class Trainer:
             "job": job.state_dict(),
         }
         folder = self.run / "checkpoints"
-        save_checkpoint(folder, self.done, self.save_model, state, keep=self.checkpoints.keep)
+        save_checkpoint(folder, self.done, self.save_model, state, keep=self.checkpoints.keep, ranks=self.ranks)
 
     def resume(self, job: Job) -> int:
         """Continue from the newest checkpoint of the run; returns the number of finished updates.
@@ -289,17 +345,20 @@ class Trainer:
         found = list_checkpoints(self.run / "checkpoints")
         if not found:
             raise UserError(f"{self.run}: no complete checkpoint to resume from")
-        state = load_state(found[-1])
-        own = {name: p for name, p in self.denoiser.named_parameters() if p.requires_grad}
+        state = load_state(found[-1], self.shards)
         loaded = state["weights"]
-        for name in sorted(own.keys() | loaded.keys()):
-            if name not in own or name not in loaded or own[name].shape != loaded[name].shape:
+        for name in sorted(self.named.keys() | loaded.keys()):
+            if name not in self.named or name not in loaded or self.named[name].shape != loaded[name].shape:
                 raise UserError(f"{found[-1]}: a checkpoint of another architecture: {name!r} does not match the model")
+        if self.shards is not None:
+            self.shards.split()
         with torch.no_grad():
-            for name, parameter in own.items():
+            for name, parameter in self.named.items():
                 parameter.copy_(loaded[name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.snapshots.load_state_dict(state["snapshots"])
+        if self.shards is not None:
+            self.shards.join()
         self.cost = Cost(**state["cost"])
         self.done, self.bad_steps = state["update"], state["bad_steps"]
         job.load_state_dict(state["job"])

@@ -1,0 +1,83 @@
+"""The medium of images: latents start from noise, finished ones are decoded, records hold PNG."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from unveil.denoisers.continuous import ContinuousDenoiser
+from unveil.registry import UserError
+from unveil.samplers.latents import LatentTrajectory, Noise
+from unveil.tasks.medium import Medium, Origins, Sample
+
+_DECODED = 64
+"""Latents that are decoded at a time."""
+
+
+@dataclass(kw_only=True)
+class Image(Medium, name="image"):
+    """Images (C, H, W) with values in [0, 1]."""
+
+    evaluated: ClassVar[frozenset[str]] = frozenset()
+    shown: ClassVar[frozenset[str]] = frozenset({"latents", "times", "guesses"})
+
+    def check_fits(self, denoiser: ContinuousDenoiser, prompts: Sequence[str], length: int | None) -> None:
+        if length is not None:
+            raise UserError(
+                f"policy.rollout.response_length: an image has the model's own shape, got {length} (allowed: null)"
+            )
+        denoiser.condition(prompts[:1])  # refuses prompts of another kind
+
+    def start(
+        self, denoiser: ContinuousDenoiser, prompts: Sequence[str], length: int | None, origins: Origins, **how: Any
+    ) -> Noise:
+        """Noise, or ``initial`` states (B, *D) at ``time``, as in `Noise`."""
+        condition = denoiser.condition(prompts)
+        return Noise(condition=condition, problems=list(origins.problems), copies=list(origins.copies), **how)
+
+    @torch.no_grad()
+    def samples(self, denoiser: ContinuousDenoiser, states: Tensor) -> list[Sample]:
+        parts = [denoiser.decode(part.to(denoiser.device)).float().cpu() for part in states.split(_DECODED)]
+        return [image for part in parts for image in part]
+
+    def key(self, sample: Sample) -> Hashable:
+        return id(sample)  # no two images are equal
+
+    def numbers(self, denoiser: ContinuousDenoiser, trajectory: LatentTrajectory) -> dict[str, float]:
+        """``latent_scale``: root mean square of the finished latents; it grows in training that loses the data."""
+        return {"latent_scale": trajectory.samples.square().mean().sqrt().item()}
+
+    def written(self, sample: Sample) -> dict[str, Any]:
+        return {"image": png(sample)}
+
+    def steps(self, denoiser: ContinuousDenoiser, trajectory: LatentTrajectory, row: int) -> list[dict[str, Any]]:
+        """The state after the step and the x_0 that the network expected at it, as images; the time after it."""
+        assert trajectory.latents is not None and trajectory.guesses is not None and trajectory.times is not None
+        count = int(trajectory.active[row].sum())
+        states = self.samples(denoiser, trajectory.latents[row, 1 : count + 1])
+        guesses = self.samples(denoiser, trajectory.guesses[row, :count])
+        return [
+            {
+                "image": png(states[step]),
+                "guess_image": png(guesses[step]),
+                "time": round(float(trajectory.times[row, step + 1]), 6),
+                "noisy": bool(trajectory.noisy[row, step]),
+            }
+            for step in range(count)
+        ]
+
+
+def png(image: Tensor) -> str:
+    """A ``data:`` address of an image (C, H, W) with values in [0, 1]; C is 1 (grey) or 3 (RGB)."""
+    import PIL.Image
+
+    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    file = io.BytesIO()
+    PIL.Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(file, format="png")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

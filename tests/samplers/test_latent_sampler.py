@@ -1,0 +1,220 @@
+"""The loop over latents: what it records, shares and branches; stored steps score as they were drawn."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tiny_images as tiny
+from unveil.learning.latents import TransitionLikelihood
+from unveil.processes.gaussian import Flow, GaussianProcess, VarianceExploding, VariancePreserving
+from unveil.processes.kernels import CoefficientsPreserving, DanceSde, Ddim, FlowSde, deterministic
+from unveil.registry import UserError
+from unveil.samplers.grids import Uniform
+from unveil.samplers.guidance import ClassifierFree
+from unveil.samplers.latent import LatentSampler
+from unveil.samplers.latent_solvers import DpmSolver2M, Heun
+from unveil.samplers.latents import LatentTrajectory, Noise, noised
+from unveil.samplers.trajectory import concatenate
+from unveil.samplers.windows import Progressive, RandomSpan, Span
+
+ALL = set(LatentTrajectory.optional)
+
+
+def start(net: tiny.Mlp, count: int = 6, group: int = 3, **how: Any) -> Noise:
+    prompts = [("a", "b", "")[row // group % 3] for row in range(count)]
+    return Noise(
+        condition=net.condition(prompts),
+        problems=[row // group for row in range(count)],
+        copies=[row % group for row in range(count)],
+        **how,
+    )
+
+
+def draw(net: tiny.Mlp, sampler: LatentSampler, count: int = 6, batch_size: int | None = None, **how: Any) -> Any:
+    needs = ALL - sampler.refused_fields().keys()
+    return sampler.sample(net, start(net, count, **how), list(range(count)), needs=needs, batch_size=batch_size)
+
+
+PROCESSES: list[tuple[GaussianProcess, str]] = [
+    (Flow(), "u"), (Flow(), "eps"), (Flow(), "x0"), (VariancePreserving(), "eps"), (VariancePreserving(), "v"),
+    (VariancePreserving(), "x0"), (VarianceExploding(sigma_max=5.0), "edm"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kernel", [Ddim(eta=1.0), FlowSde(noise=0.7), DanceSde(noise=0.3), CoefficientsPreserving()])
+@pytest.mark.parametrize(("process", "prediction"), PROCESSES)
+def test_replayed_steps_are_those_that_were_drawn_bit_for_bit(
+    process: GaussianProcess, prediction: Any, kernel: Any
+) -> None:
+    net = tiny.Mlp(process, prediction)
+    # At t = 1 a flow holds nothing of the data: eps says nothing there.
+    sampler = tiny.sampler(kernel=kernel, grid=Uniform(start=0.98), guidance=ClassifierFree(scale=2.0, rescale=0.3))
+    chains = draw(net, sampler)
+    silent_end = isinstance(kernel, Ddim | CoefficientsPreserving)
+    assert chains.noisy[:, :-1].all() and chains.noisy[:, -1].all() != silent_end
+    likelihood = TransitionLikelihood(reduce="sum")
+    for step in range(int(chains.noisy[0].sum())):
+        chosen = torch.zeros(chains.active.shape)
+        chosen[:, step] = 1
+        views = likelihood.views(chains, chosen, [], net.spec)
+        with torch.no_grad():
+            scores = likelihood.score(net, views, sampler)
+        assert torch.equal(scores.log_prob, likelihood.recorded(views, chains))  # type: ignore[arg-type]
+        assert scores.mean is not None and torch.equal(scores.mean, chains.means[:, step])
+        written = torch.distributions.Normal(scores.mean.double(), scores.std[0]).log_prob(chains.latents[:, step + 1])  # type: ignore[index]
+        torch.testing.assert_close(scores.log_prob[:, 0], written.flatten(1).sum(1), rtol=1e-6, atol=1e-5)
+
+
+def test_the_chain_is_the_kernel_s_steps_by_hand() -> None:
+    net, sampler = tiny.Mlp(), tiny.sampler(window=Span(start=1, length=2))
+    chains = draw(net, sampler, 2)
+    assert chains.noisy.tolist() == [[False, True, True, False, False]] * 2 and chains.forwards == 10
+    x, process = chains.latents[:, 0], net.spec.process
+    for step, (t, s) in enumerate(zip(chains.times[0, :-1], chains.times[0, 1:], strict=True)):
+        guess = net.guess(x, t.expand(2), net.condition(["a", "a"]))
+        torch.testing.assert_close(chains.guesses[:, step], guess.x0)
+        if chains.noisy[0, step]:
+            x = chains.latents[:, step + 1]
+            noise = (x - chains.means[:, step]) / chains.stds[:, step, None, None, None]
+            assert 0.5 < float(noise.std()) < 1.5
+        else:
+            x = deterministic(process, guess, s.expand(2))
+            assert not chains.log_prob[:, step].any() and not chains.stds[:, step].any()
+        torch.testing.assert_close(chains.latents[:, step + 1], x)
+    assert torch.equal(chains.samples, chains.latents[:, -1])
+
+
+@pytest.mark.parametrize("share", ["nothing", "noise", "prefix"])
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_a_batch_split_changes_nothing(share: Any, batch_size: int) -> None:
+    net = tiny.Mlp()
+    sampler = tiny.sampler(share=share, window=Span(start=2, length=2), outside=Ddim(eta=0.5), solver=DpmSolver2M())
+    whole, split = draw(net, sampler), draw(net, sampler, batch_size=batch_size)
+    for name in ("samples", "latents", "guesses", "log_prob", "times"):
+        torch.testing.assert_close(getattr(whole, name), getattr(split, name), rtol=1e-5, atol=1e-5)
+
+
+def test_shared_noise_and_branches() -> None:
+    net = tiny.Mlp()
+    own = draw(net, tiny.sampler())
+    assert len(own.latents[:, 0].flatten(1).unique(dim=0)) == 6
+    noise = draw(net, tiny.sampler(share="noise"))
+    assert len(noise.latents[:, 0].flatten(1).unique(dim=0)) == 2 and noise.forwards == 30
+    assert len(noise.latents[:, 1].flatten(1).unique(dim=0)) == 6
+    branched = tiny.sampler(share="prefix", window=Span(start=2, length=2), outside=Ddim(eta=1.0))
+    tree = draw(net, branched)
+    assert [len(tree.latents[:, step].flatten(1).unique(dim=0)) for step in range(6)] == [2, 2, 2, 6, 6, 6]
+    assert tree.forwards == 2 * 2 + 6 * 3
+    pairs = draw(net, replace(branched, branches=1))
+    assert [len(pairs.latents[:, step].flatten(1).unique(dim=0)) for step in range(6)] == [6] * 6
+
+
+def test_a_prefix_that_is_computed_once_is_that_of_shared_noise() -> None:
+    net, window = tiny.Mlp(), Span(start=2, length=2)
+    once = draw(net, tiny.sampler(share="prefix", window=window))
+    each = draw(net, tiny.sampler(share="noise", window=window))
+    torch.testing.assert_close(once.latents, each.latents)
+    assert once.forwards < each.forwards
+
+
+def test_a_chain_starts_from_a_given_state_and_takes_the_rest_of_the_grid() -> None:
+    net = tiny.Mlp()
+    whole = draw(net, tiny.sampler(kernel=Ddim(eta=0.0)))
+    later = draw(net, tiny.sampler(kernel=Ddim(eta=0.0)), initial=whole.latents[:, 2], time=float(whole.times[0, 2]))
+    assert later.steps == 3
+    torch.testing.assert_close(later.samples, whole.samples)
+    between = draw(net, tiny.sampler(), initial=whole.latents[:, 2], time=0.5)
+    assert between.times[0].tolist() == pytest.approx([0.5, 0.4, 0.2, 0.0])
+    edited = noised(whole.samples, 0.5, net.spec.process, list(range(6)))
+    assert torch.equal(edited[2:3], noised(whole.samples[2:3], 0.5, net.spec.process, [2]))
+
+
+def test_solvers_count_their_evaluations_and_shrink_the_error() -> None:
+    net = tiny.Mlp()
+    fine = draw(net, tiny.sampler(kernel=Ddim(eta=0.0), steps=200)).samples
+    error = {}
+    for name, solver in (("first", None), ("heun", Heun()), ("2m", DpmSolver2M())):
+        own = {} if solver is None else {"solver": solver}
+        chains = draw(net, tiny.sampler(kernel=Ddim(eta=0.0), steps=10, **own))
+        error[name] = float((chains.samples - fine).square().mean())
+        assert chains.forwards == 6 * {"first": 10, "heun": 19, "2m": 10}[name]
+    assert error["heun"] < error["first"] / 4 and error["2m"] < error["first"]
+
+
+def test_guidance_of_scale_one_is_the_prompt_alone_and_is_counted() -> None:
+    net = tiny.Mlp()
+    plain, guided = draw(net, tiny.sampler()), draw(net, tiny.sampler(guidance=ClassifierFree(scale=1.0)))
+    torch.testing.assert_close(plain.samples, guided.samples, rtol=1e-4, atol=1e-5)
+    assert guided.forwards == 2 * plain.forwards
+    other = draw(net, tiny.sampler(guidance=ClassifierFree(scale=3.0)))
+    x, t = plain.latents[:, 0], torch.full((6,), 1.0)
+    told, blank = net.condition(["a"] * 3 + ["b"] * 3), net.condition([""] * 6)
+    expected = net.predict(x, t, blank) + 3 * (net.predict(x, t, told) - net.predict(x, t, blank))
+    torch.testing.assert_close(other.guesses[:, 0], x - expected, rtol=1e-4, atol=1e-5)
+
+
+def gradient(net: tiny.Mlp, through: bool) -> Tensor:
+    x, t = torch.ones(2, *tiny.SHAPE), torch.full((2,), 0.5, dtype=torch.float64)
+    guidance = ClassifierFree(scale=2.0, through=through)
+    net.zero_grad()
+    guidance.guess(net, x, t, net.condition(["a", "b"])).x0.sum().backward()
+    assert net.prompt.weight.grad is not None
+    return net.prompt.weight.grad[0]
+
+
+def test_gradients_flow_through_the_unconditional_branch_on_demand() -> None:
+    net = tiny.Mlp()
+    assert gradient(net, through=True).any() and not gradient(net, through=False).any()
+
+
+def test_windows() -> None:
+    assert Span(start=1, length=2).inside(4).tolist() == [False, True, True, False]
+    moving = Progressive(length=2, every=3)
+    starts = [moving.at(update, 0, 4).inside(4).nonzero()[0].item() for update in range(12)]
+    assert starts == [0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 0, 0]
+    drawn = [RandomSpan(length=2, low=1, high=5).at(update, 7, 8) for update in range(60)]
+    assert {span.start for span in drawn} == {1, 2, 3}  # type: ignore[attr-defined]
+    assert drawn == [RandomSpan(length=2, low=1, high=5).at(update, 7, 8) for update in range(60)]
+    assert {RandomSpan(length=2).at(update, 7, 8).start for update in range(60)} == {0, 1, 2}  # type: ignore[attr-defined]
+    at = tiny.sampler(window=moving).at(3, 0)
+    assert at.window == Span(start=1, length=2) and tiny.sampler().at(3, 0) == tiny.sampler()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: tiny.sampler(window=Span(start=4, length=2)), "2 steps from step 4 on do not fit into 5 steps"),
+        (lambda: tiny.sampler(window=RandomSpan(length=3)), "no span of 3 steps fits between step 0 and step 2 of 5"),
+        (lambda: tiny.sampler(branches=2), "branches: the chains share nothing"),
+        (lambda: tiny.sampler().check_fits(12), "have the network's own shape, got 12"),
+        (lambda: draw_log_prob(), "'log_prob' needs steps with noise"),
+    ],
+)
+def test_what_does_not_fit_is_refused(make: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+def draw_log_prob() -> Any:
+    net = tiny.Mlp()
+    return LatentSampler(steps=2).sample(net, start(net), list(range(6)), needs={"log_prob"})
+
+
+def test_trajectories_are_joined_saved_and_loaded(tmp_path: Path) -> None:
+    net = tiny.Mlp()
+    chains = draw(net, tiny.sampler())
+    short = draw(net, tiny.sampler(), initial=chains.latents[:, 2], time=0.5)
+    both = concatenate([chains, short])
+    assert both.active.sum(1).tolist() == [5] * 6 + [3] * 6 and both.forwards == chains.forwards + short.forwards
+    assert torch.equal(both.latents[6:, 3], short.samples) and torch.equal(both.latents[6:, 5], short.samples)
+    both.save(tmp_path / "t.safetensors")
+    back = LatentTrajectory.load(tmp_path / "t.safetensors")
+    part = back.rows(torch.tensor([7, 0]))
+    assert torch.equal(part.latents[0], both.latents[7])  # type: ignore[index]
+    assert torch.equal(part.condition["ids"], both.condition["ids"][[7, 0]]) and back.forwards == both.forwards
