@@ -19,7 +19,8 @@ import published
 import tiny
 from unveil.cli.main import main
 from unveil.denoisers import hub
-from unveil.denoisers.dream import DreamDenoiser, shift_right
+from unveil.denoisers.decoders import shift_right
+from unveil.denoisers.dream import DreamDenoiser
 from unveil.denoisers.load import load_denoiser
 from unveil.denoisers.pretrained import PretrainedDenoiser
 from unveil.learning.regularisers import Kl

@@ -34,6 +34,7 @@ PUBLISHED = {
     "modernbert": "bert:BertDenoiser",
     "mdlm": "mdlm:MdlmDenoiser",
     "sedd": "sedd:SeddDenoiser",
+    "diffusion_gemma": "diffusion_gemma:DiffusionGemmaDenoiser",
 }
 """Adapter of each model_type in a published config.json."""
 PIPELINES = {

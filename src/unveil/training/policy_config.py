@@ -15,7 +15,7 @@ from unveil.learning.regularisers import Kl, Regulariser
 from unveil.learning.selectors import AllSteps, Selector
 from unveil.learning.views import Likelihood, TokenFilter
 from unveil.registry import Plugin, UserError
-from unveil.rewards.base import Correct, Reward
+from unveil.rewards.base import Correct, Reward, Sum
 from unveil.samplers.base import Sampler
 from unveil.tasks.base import Task
 from unveil.tasks.evaluate import Judged
@@ -53,6 +53,9 @@ class RolloutConfig:
     """If given, every update draws one of these block lengths for all its rollouts (MDPO's mixture)."""
     batch_size: Annotated[int, Field(ge=1)] = 256
     """Rows per network call."""
+    score_beside: bool = False
+    """Judge and reward every batch of whole groups in a thread while the next one is drawn: for rewards that wait for a
+    server, or work on the processor while the network works on a GPU. Nothing else changes."""
     drawn_by: Literal["policy", "old", "ema"] = "policy"
     """Whose samples they are: those of the policy as it is, or of a snapshot (``snapshots``)."""
 
@@ -114,6 +117,14 @@ class PolicyConfig:
 
     def __post_init__(self) -> None:
         advantage, likelihood = self.advantage, self.likelihood
+        self.reward.check_medium(self.task.medium, "reward")
+        if advantage.reads_parts and not isinstance(self.reward, Sum):
+            raise UserError(
+                f"advantage: {advantage.name!r} mixes the parts of a sum of rewards, and the reward is "
+                f"{self.reward.name!r} (allowed: sum)"
+            )
+        if advantage.reads_parts and self.shaping is not None:
+            raise UserError(f"shaping: it changes the sum, and {advantage.name!r} reads its parts (allowed: null)")
         if "kl" in self.regularisers:
             raise UserError("regularisers.kl: the name is that of `kl` (allowed: any other)")
         if not advantage.per_step:

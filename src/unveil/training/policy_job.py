@@ -3,9 +3,11 @@ rollouts and the gradient steps on it."""
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -25,8 +27,8 @@ from unveil.training.log import RunLog
 from unveil.training.outcome import Outcome, mean_over_ranks
 from unveil.training.policy_config import PolicyConfig, PolicyEval, ProblemFilter
 from unveil.training.records import sample_records, trajectory_records
-from unveil.training.rewarding import Rewarded, RewardsLost, reward_chains
-from unveil.training.rollouts import Rollouts
+from unveil.training.rewarding import Rewarded, RewardsLost, bundle_means, reward_chains
+from unveil.training.rollouts import Rollouts, portions
 from unveil.training.trainer import Optimise, Trainer
 
 SNAPSHOT_KEYS = {"old": "old", "ema": "ema_decay"}
@@ -92,7 +94,7 @@ class PolicyJob:
         policy, self.rewarded = self.policy, []
         ranks = self.trainer.ranks
         rollouts = self._sampled(update)
-        outcome, own = Outcome.of(rollouts, self.rewarded[0].parts).everywhere(ranks)
+        outcome, own = Outcome.of(rollouts).everywhere(ranks)
         metrics = outcome.metrics()
         if policy.groups is not None:
 
@@ -105,7 +107,7 @@ class PolicyJob:
             outcome, own = Outcome.of(rollouts).everywhere(ranks)
         trajectory = rollouts.trajectory
         scored = self._count_failures(update, metrics)
-        advantages = outcome.advantages(policy.advantage)
+        advantages = outcome.advantages(policy.advantage, policy.reward.part_weights)
         metrics |= {
             "advantage_abs": (advantages.abs().sum() / outcome.active.sum().clamp(min=1)).item(),
             "zero_variance_groups": outcome.equal_groups().float().mean().item(),
@@ -149,7 +151,8 @@ class PolicyJob:
                 )
                 if not self.trainer.ranks.main:
                     continue
-                self.log.metrics("eval", update, {"decoder": name, **result.summary()})
+                means = bundle_means(self.policy.reward, self.held_out, result.judged)
+                self.log.metrics("eval", update, {"decoder": name, **result.summary(), **means})
                 mark = {"step": update, "decoder": name}
                 self.log.lines("samples.jsonl", sample_records(shown, result, self.medium, mark))
                 records = trajectory_records(self.denoiser, self.policy.task, shown, sampler, length, mark)
@@ -220,32 +223,54 @@ class PolicyJob:
         **how: Any,
     ) -> Rollouts:
         """Draw and judge one chain per problem; see `unveil.training.rollouts.Roll`."""
-        policy, rollout = self.policy, self.policy.rollout
-        own = [label] if label else []
-        copies = chain_copies(problems) if copies is None else copies
-        with self.trainer.using(rollout.drawn_by):
-            trajectory = sample_problems(
-                self.denoiser, problems, sampler or self._sampler(update), response_length=rollout.response_length,
-                seed=derive_seed(self.seed, "rollout", update, *own), needs=self._needs(),
-                batch_size=rollout.batch_size, copies=copies, **how,
-            )  # fmt: skip
-        # Ranks are asked once at the end of an update: a hook may draw on some of them only.
-        self.rolled += len(problems)
-        self.spent += trajectory.forwards
+        rollout, own = self.policy.rollout, [label] if label else []
+        numbers = chain_copies(problems) if copies is None else copies
+        seeds = [
+            derive_seed(self.seed, "chain", update, problem.id, copy, *own)
+            for problem, copy in zip(problems, numbers, strict=True)
+        ]
+
+        def drawn(part: slice) -> Any:
+            with self.trainer.using(rollout.drawn_by):
+                trajectory = sample_problems(
+                    self.denoiser, problems[part], sampler or self._sampler(update),
+                    response_length=rollout.response_length, seed=derive_seed(self.seed, "rollout", update, *own),
+                    needs=self._needs(), batch_size=rollout.batch_size, copies=numbers[part], **how,
+                )  # fmt: skip
+            # Ranks are asked once at the end of an update: a hook may draw on some of them only.
+            self.rolled += len(problems[part])
+            self.spent += trajectory.forwards
+            return trajectory
+
+        if how or not rollout.score_beside:
+            found = [self._scored(problems, group, seeds, drawn(slice(None)))]
+        else:
+            with ThreadPoolExecutor(1) as beside:
+                parts = portions(group, rollout.batch_size)
+                # The next trajectory is drawn while the thread is busy with the last one.
+                waiting = [
+                    beside.submit(self._scored, problems[part], group[part], seeds[part], drawn(part)) for part in parts
+                ]
+                found = [one.result() for one in waiting]
+        self.rewarded += [rewarded for _, rewarded in found]
+        return functools.reduce(Rollouts.extend, [rollouts for rollouts, _ in found])
+
+    @torch.no_grad()
+    def _scored(
+        self, problems: list[Problem], group: Tensor, seeds: list[int], trajectory: Any
+    ) -> tuple[Rollouts, Rewarded]:
+        """Chains with their verdicts and rewards."""
+        policy = self.policy
         judged = judge(policy.task, problems, self.denoiser, trajectory)
         rewarded = reward_chains(policy.reward, problems, judged, trajectory, self.medium)
-        self.rewarded.append(rewarded)
         rewards = rewarded.values
         if policy.shaping is not None:
             rewards = policy.shaping.shape(rewards, trajectory) * rewarded.known[:, None]
-        seeds = [
-            derive_seed(self.seed, "chain", update, problem.id, copy, *own)
-            for problem, copy in zip(problems, copies, strict=True)
-        ]
-        return Rollouts(
+        rollouts = Rollouts(
             problems=problems, group=group, trajectory=trajectory, judged=judged, rewards=rewards,
-            known=rewarded.known, seeds=seeds,
+            known=rewarded.known, seeds=seeds, parts=rewarded.parts,
         )  # fmt: skip
+        return rollouts, rewarded
 
     def _shares(
         self, update: int, rollouts: Rollouts, advantages: Tensor, chosen: Tensor
