@@ -75,9 +75,13 @@ def _page_data(name: str, folder: RunFolder) -> Line:
         "guesses": _guess_map(folder.train),
         "table": folder.table,
         "samples": _within_budget(folder.samples, "samples", notes),
-        "trajectories": _within_budget(folder.trajectories, "trajectories", notes),
+        "trajectories": _within_budget([line for line in folder.trajectories if _is_text(line)], "trajectories", notes),
         "notes": notes,
     }
+
+
+def _is_text(trajectory: Line) -> bool:
+    return all("tokens" in step for step in trajectory["steps"])
 
 
 def _number(value: object) -> float | None:

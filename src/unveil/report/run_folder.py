@@ -102,9 +102,11 @@ def _read_lines(
 
 
 def _check_steps(line: Line, where: str) -> None:
-    """All canvases of a trajectory, and its guesses and confidences where given, have one length."""
+    """All canvases of a trajectory, and guesses and confidences where given, have one length; or it is of images."""
     length = None
     for index, step in enumerate(line["steps"]):
+        if isinstance(step, dict) and isinstance(step.get("image"), str):
+            continue
         if not isinstance(step, dict) or not isinstance(step.get("tokens"), list):
             raise UserError(f"{where}: 'steps[{index}].tokens' must be a list")
         length = len(step["tokens"]) if length is None else length
