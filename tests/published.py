@@ -85,3 +85,39 @@ def write_folder(folder: Path, config: dict[str, Any], names: dict[str, list[int
     }  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(described))
     return folder
+
+
+def write_diffusion_gemma(folder: Path, *, canvas_length: int = 8) -> Path:
+    """A folder as ``transformers`` saves it; its words lie far apart, so that the network is sure of something."""
+    import transformers
+
+    text = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 16, "global_head_dim": 16, "num_global_key_value_heads": 1,
+        "max_position_embeddings": 256, "sliding_window": 16, "num_experts": 4, "top_k_experts": 2,
+        "moe_intermediate_size": 16, "pad_token_id": 2, "eos_token_id": 2, "bos_token_id": 0,
+        "layer_types": ["sliding_attention", "full_attention"],
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1,
+        "num_key_value_heads": 1, "head_dim": 16, "global_head_dim": 16, "position_embedding_size": 16,
+    }  # fmt: skip
+    config = transformers.DiffusionGemmaConfig(
+        text_config=text, vision_config=vision, canvas_length=canvas_length, image_token_id=61, boi_token_id=62,
+        eoi_token_id=63,
+    )  # fmt: skip
+    network = transformers.DiffusionGemmaForBlockDiffusion(config)
+    stream = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for value in network.parameters():
+            if value.dim() > 1:
+                value.copy_(0.06 * torch.randn(value.shape, generator=stream))
+        network.model.decoder.embed_tokens.weight.mul_(20)
+    network.save_pretrained(folder)
+    tokenizer().save(str(folder / "tokenizer.json"))
+    described = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": START, "eos_token": END, "pad_token": END,
+        "chat_template": CHAT,
+    }  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(described))
+    return folder

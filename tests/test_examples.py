@@ -18,19 +18,25 @@ import torch
 
 from unveil.cli.main import COMMANDS, parse
 from unveil.cli.recipes import find_recipe
+from unveil.denoisers.image import ImageNetwork, Prompts
 from unveil.denoisers.unmask import UnmaskNetwork
 from unveil.learning.advantages import Advantage
+from unveil.learning.matching import TimeDistribution
 from unveil.learning.objectives import Objective, Weighting
 from unveil.learning.regularisers import Regulariser
 from unveil.learning.selectors import Selector
 from unveil.learning.views import Likelihood, TokenFilter
+from unveil.processes.gaussian import GaussianProcess
 from unveil.processes.kernels import Kernel
 from unveil.recipe import build, load
 from unveil.registry import Plugin, names
 from unveil.rewards.base import Reward
 from unveil.samplers.actions import Action
 from unveil.samplers.base import Sampler
+from unveil.samplers.caches import Cache
+from unveil.samplers.grids import Grid
 from unveil.samplers.guidance import Guidance
+from unveil.samplers.latent_solvers import LatentSolver
 from unveil.samplers.rules import Rule
 from unveil.samplers.schedules import Schedule
 from unveil.samplers.solvers import Solver
@@ -187,29 +193,9 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize(
     "family",
     [
-        Task,
-        Sampler,
-        Rule,
-        Action,
-        Solver,
-        Transform,
-        Schedule,
-        UnmaskNetwork,
-        ProblemFilter,
-        Shaping,
-        GroupHook,
-        Advantage,
-        Selector,
-        Likelihood,
-        TokenFilter,
-        Objective,
-        Weighting,
-        Regulariser,
-        Reward,
-        Kernel,
-        Window,
-        Guidance,
-        Medium,
+        Task, Sampler, Rule, Action, Cache, Solver, Transform, Schedule, GaussianProcess, Grid, LatentSolver, ImageNetwork,
+        Prompts, TimeDistribution, UnmaskNetwork, ProblemFilter, Shaping, GroupHook, Advantage, Selector, Likelihood,
+        TokenFilter, Objective, Weighting, Regulariser, Reward, Kernel, Window, Guidance, Medium,
     ],
 )
 def test_the_table_of_plug_ins_is_complete(family: type[Plugin]) -> None:

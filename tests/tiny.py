@@ -14,6 +14,7 @@ from unveil.denoisers.base import MaskedDenoiser
 from unveil.denoisers.score import ScoreConfig, ScoreDenoiser
 from unveil.denoisers.tokenizer import TextTokenizer
 from unveil.denoisers.transformer import TransformerConfig, TransformerDenoiser
+from unveil.denoisers.uniform import UniformDenoiser
 from unveil.denoisers.unmask import UnmaskInputs, UnmaskNetwork
 from unveil.samplers.masked import MaskedSampler
 from unveil.seeds import generator
@@ -79,6 +80,21 @@ def score_denoiser(seed: int = 0, scale: float = 8.0) -> ScoreDenoiser:
     return net.eval()
 
 
+class Uniform(UniformDenoiser, TransformerDenoiser):
+    """The like of `denoiser` whose noise is random tokens. It is not told the time: any network may guess x_0."""
+
+    def __init__(self, config: TransformerConfig, tokenizer: TextTokenizer) -> None:
+        super().__init__(config, tokenizer)
+        self.spec = replace(self.spec, corruption="uniform")
+
+
+def uniform_denoiser(seed: int = 0, scale: float = 8.0) -> Uniform:
+    net = denoiser(seed, scale)
+    own = Uniform(net.config, net.tokenizer)
+    own.load_state_dict(net.state_dict())
+    return own.eval()
+
+
 def shifted(net: TransformerDenoiser, seed: int = 1, by: float = 0.1) -> TransformerDenoiser:
     """The same network after Gaussian steps of its weights, in place."""
     stream = generator(seed, "shift")
@@ -122,7 +138,7 @@ class Pooled(MaskedDenoiser):
     def __init__(self, dim: int = 16) -> None:
         super().__init__()
         self.tokenizer = TextTokenizer.of_words(WORDS)
-        self.spec = replace(denoiser().spec, feature_dim=dim)
+        self.spec = replace(denoiser().spec, feature_dim=dim, keeps_keys=False)
         size = self.spec.vocab_size
         self.embedding = torch.nn.Embedding(size, dim)
         self.place = torch.nn.Embedding(self.spec.context_length, dim)

@@ -65,7 +65,7 @@ def test_one_sample_gives_what_training_evaluates(capsys: pytest.CaptureFixture[
     )
     assert told.over_denoising > 0
     for name in ("accuracy", "over_denoising", "ever_correct", "score", "sample_entropy", "forwards", "unfinished"):
-        assert line[name] == pytest.approx(getattr(told, name), abs=1e-6), name
+        assert line[name] == pytest.approx(told.summary()[name], abs=1e-6), name
 
 
 GRID = (*TASK, "--steps", "3,5", "--problems", "9", "--samples", "2", "--batch", "4", "--seed", "1")
@@ -231,3 +231,19 @@ def test_equal_samples_are_pointed_out(capsys: pytest.CaptureFixture[str], model
     assert "this decoder draws nothing" in capsys.readouterr().err
     assert main(argv) == 0
     assert "draws nothing" not in capsys.readouterr().err
+
+
+def test_guesses_need_not_be_judged(
+    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ("eval", model, *TASK, "--problems", 9)
+    (told,) = answer(capsys, *argv)["results"]
+    judged: list[str] = []
+    check = tiny.Echo.check
+    monkeypatch.setattr(tiny.Echo, "check", lambda *given: judged.append(given[2]) or check(*given))
+    (line,) = answer(capsys, *argv, "--final-only", "--out", tmp_path / "x")["results"]
+    assert len(judged) == 9 and line["accuracy"] == told["accuracy"]
+    assert line["over_denoising"] is None and line["ever_correct"] is None and told["over_denoising"] is not None
+    assert '"over_denoised": null' in (tmp_path / "x").read_text()
+    assert main([*map(str, argv), "--final-only"]) == 0
+    assert "over denoised" not in capsys.readouterr().out

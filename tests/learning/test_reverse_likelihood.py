@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,12 @@ from unveil.learning.likelihoods import TokenViews
 from unveil.learning.objectives import Clipped, StepMean
 from unveil.learning.reverse import ReverseLikelihood
 from unveil.registry import UserError
+from unveil.samplers.base import Sampler
 from unveil.samplers.canvas import Canvas
 from unveil.samplers.masked import MaskedSampler
 from unveil.samplers.reverse import ReverseSampler
 from unveil.samplers.trajectory import TokenTrajectory
+from unveil.samplers.uniform import Ancestral, EntropyBound
 from unveil.seeds import generator
 from unveil.training.policy_job import PolicyJob
 from unveil.training.trainer import OptimConfig
@@ -28,7 +31,11 @@ TAU = 0.8
 
 
 def network(kind: str) -> MaskedDenoiser:
-    return tiny.denoiser() if kind == "masked" else tiny.score_denoiser()
+    return {"masked": tiny.denoiser, "score": tiny.score_denoiser, "uniform": tiny.uniform_denoiser}[kind]()
+
+
+def own_sampler(kind: str) -> Sampler:
+    return Ancestral(steps=4, temperature=TAU) if kind == "uniform" else ReverseSampler(steps=4, temperature=TAU)
 
 
 def sampled(net: MaskedDenoiser, sampler: ReverseSampler) -> TokenTrajectory:
@@ -126,6 +133,38 @@ def test_chunks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(others[name], grad, rtol=1e-4, atol=1e-4)
 
 
+def test_of_uniform_noise_every_position_is_scored_by_what_the_sampler_recorded() -> None:
+    net, likelihood = tiny.uniform_denoiser(), ReverseLikelihood()
+    trajectory = sampled(net, own_sampler("uniform"))
+    views = all_views(trajectory, net, likelihood)
+    assert trajectory.log_prob is not None
+    free = trajectory.response_valid & ~trajectory.given
+    assert torch.equal(views.scored, free[views.rows]) and not views.scored[views.rows == 1][:, 1].any()
+    scores = likelihood.score(net, views, Ancestral(steps=4, temperature=TAU))
+    recorded = trajectory.log_prob[views.rows, views.steps]
+    torch.testing.assert_close(scores.log_prob, recorded, rtol=1e-5, atol=1e-5)
+    assert (recorded[views.scored] < 0).all() and (scores.entropy[views.scored] > 0).all()
+
+
+def test_of_uniform_noise_all_trajectories_together_have_probability_one() -> None:
+    """Two steps of two positions, from one start: the sum of exp(log p) over every possible course."""
+    net, likelihood = tiny.uniform_denoiser(), ReverseLikelihood()
+    size = net.spec.vocab_size
+    one = Ancestral(steps=2).sample(net, Canvas.of([[4, 5]], 2, net.spec), [1], needs=NEEDS)
+    pairs = torch.cartesian_prod(torch.arange(size), torch.arange(size))
+    allowed = pairs[~torch.isin(pairs, torch.tensor(net.spec.forbidden_ids)).any(1)]
+    middle, end = pairs.repeat_interleave(len(allowed), 0), allowed.repeat(len(pairs), 1)
+    every = one.rows(torch.zeros(len(middle), dtype=torch.long))
+    assert every.states is not None
+    every.states[:, 1], every.response_ids = middle, end
+    views = all_views(every, net, likelihood)
+    with torch.no_grad():
+        log_prob = likelihood.score(net, views, Ancestral(steps=2)).log_prob.double().sum(1)
+    course = torch.zeros(len(every), dtype=torch.float64).index_add_(0, views.rows, log_prob)
+    assert course.exp().sum().item() == pytest.approx(1.0, abs=1e-5)
+    assert int((course.exp() > 1e-4).sum()) > 100
+
+
 def policy_job(folder: Path, net: MaskedDenoiser, microbatch: int = 1000, **changes: object) -> PolicyJob:
     settings: dict[str, object] = {
         "rollout": {"sampler": ReverseSampler(steps=4, temperature=TAU)},
@@ -139,11 +178,11 @@ def policy_job(folder: Path, net: MaskedDenoiser, microbatch: int = 1000, **chan
     return tiny.job(folder, config, net, optim=optim)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("kind", ["masked", "score"])
+@pytest.mark.parametrize("kind", ["masked", "score", "uniform"])
 def test_a_policy_update_is_on_policy_and_independent_of_the_microbatch(kind: str, tmp_path: Path) -> None:
     found = []
     for microbatch in (5, 1000):
-        job = policy_job(tmp_path, network(kind), microbatch)
+        job = policy_job(tmp_path, network(kind), microbatch, rollout={"sampler": own_sampler(kind)})
         metrics = job.update(0, job.trainer.optimise)
         assert metrics["ratio_deviation"] == 0 and metrics["ratio_mean"] == 1 and math.isfinite(metrics["entropy"])
         found.append(tiny.gradients(job.denoiser))
@@ -160,10 +199,17 @@ def test_several_inner_updates_keep_the_ratio_near_one(tmp_path: Path) -> None:
 
 
 def test_pairs_that_cannot_work_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="'reverse' scores the sampler of that name, not 'masked'"):
+    with pytest.raises(UserError, match="'reverse' scores that sampler and 'ancestral', not 'masked'"):
         policy_job(tmp_path, tiny.denoiser(), rollout={})
     with pytest.raises(UserError, match=r"policy\.likelihood\.method: should be 'tweedie'"):
         policy_job(tmp_path, tiny.score_denoiser(), likelihood=ReverseLikelihood(method="euler"))
     masked = {"sampler": MaskedSampler(steps=5, temperature=1.0)}
     with pytest.raises(UserError, match="'masked' cannot time a network of scores"):
         tiny.job(tmp_path, tiny.policy("diffu_grpo", rollout=masked), tiny.score_denoiser())
+    bound = {"sampler": EntropyBound(steps=5)}
+    with pytest.raises(UserError, match=r"scores that sampler and 'ancestral', not 'entropy_bound'"):
+        policy_job(tmp_path, tiny.uniform_denoiser(), rollout=bound)
+    behind_a_cache = tiny.uniform_denoiser()
+    behind_a_cache.spec = replace(behind_a_cache.spec, canvas_length=5)
+    with pytest.raises(UserError, match="'reverse' needs a network without a cache"):
+        policy_job(tmp_path, behind_a_cache, rollout={"sampler": Ancestral(steps=4)})

@@ -56,8 +56,8 @@ def test_replayed_steps_are_those_that_were_drawn_bit_for_bit(
     # At t = 1 a flow holds nothing of the data: eps says nothing there.
     sampler = tiny.sampler(kernel=kernel, grid=Uniform(start=0.98), guidance=ClassifierFree(scale=2.0, rescale=0.3))
     chains = draw(net, sampler)
-    clean_end = isinstance(kernel, Ddim | CoefficientsPreserving)
-    assert chains.noisy[:, :-1].all() and chains.noisy[:, -1].all() != clean_end
+    silent_end = isinstance(kernel, Ddim | CoefficientsPreserving)
+    assert chains.noisy[:, :-1].all() and chains.noisy[:, -1].all() != silent_end
     likelihood = TransitionLikelihood(reduce="sum")
     for step in range(int(chains.noisy[0].sum())):
         chosen = torch.zeros(chains.active.shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -21,8 +22,10 @@ import tiny
 from unveil.denoisers.transformer import TransformerConfig
 from unveil.learning.advantages import GroupAdvantage
 from unveil.learning.selectors import NonZero
+from unveil.registry import UserError
 from unveil.samplers.masked import MaskedSampler
 from unveil.systems.igpo import Inpaint
+from unveil.training.checkpoints import list_checkpoints, load_state
 from unveil.training.denoising_job import DenoisingConfig, DenoisingEval, MixedTask
 from unveil.training.distribution import Ranks
 from unveil.training.log import LogConfig
@@ -135,16 +138,22 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def several(folder: str, runs: list[tuple[str, str, int]]) -> None:
+def several(folder: str, runs: list[dict[str, Any]]) -> None:
     """What every process of `two` does: one run after the other, each with a meeting point of its own."""
-    for kind, shard, port in runs:
-        os.environ["MASTER_PORT"] = str(port)
-        run(make(Path(folder), kind, shard), Path(folder) / f"{kind}-{shard}")
+    for one in runs:
+        os.environ["MASTER_PORT"] = str(one["port"])
+        made = make(Path(folder), one["kind"], one["shard"], updates=one["updates"])
+        run(made, Path(folder) / one["name"], resume=one["resume"])
 
 
-def two(folder: Path, runs: list[tuple[str, str]]) -> None:
+def planned(kind: str, shard: str, name: str = "", updates: int = UPDATES, *, resume: bool = False) -> dict[str, Any]:
+    own = {"kind": kind, "shard": shard, "name": name or f"{kind}-{shard}", "updates": updates, "resume": resume}
+    return own | {"port": free_port()}
+
+
+def two(folder: Path, runs: list[dict[str, Any]]) -> None:
     """Let two processes make these runs."""
-    launch(f"test_distribution.several(sys.argv[2], {[(*one, free_port()) for one in runs]})", str(folder))
+    launch(f"test_distribution.several(sys.argv[2], {runs})", str(folder))
 
 
 def train_lines(folder: Path) -> list[dict[str, Any]]:
@@ -228,17 +237,49 @@ def test_advantages_do_not_know_where_a_group_lies() -> None:
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
+    """Everything that needs two processes and is fast, in one launch of them."""
     for kind in dict.fromkeys(kind for kind, _ in DEFAULT):
         run(make(tmp_path, kind), tmp_path / kind)
-    two(tmp_path, DEFAULT)
+    shutil.copytree(tmp_path / "moved", tmp_path / "one-to-two")
+    more = UPDATES + 1
+    again = [
+        planned("moved", "full", "whole", more),
+        planned("moved", "full", "stopped"),
+        planned("moved", "full", "stopped", more, resume=True),
+        planned("moved", "full", "one-to-two", more, resume=True),
+    ]
+    two(tmp_path, [*(planned(*one) for one in DEFAULT), *again])
     for kind, shard in DEFAULT:
         check_equal(tmp_path, kind, shard)
+
+    # Stopped and resumed, on as many processes and on another number of them.
+    shutil.copytree(tmp_path / "moved-full", tmp_path / "two-to-one")
+    run(make(tmp_path, "moved", "full", updates=more), tmp_path / "two-to-one", resume=True)
+    run(make(tmp_path, "moved", updates=more), tmp_path / "undisturbed")
+    whole, undisturbed = tiny.newest(tmp_path / "whole"), tiny.newest(tmp_path / "undisturbed")
+    assert whole["update"] == more and tiny.same(whole, tiny.newest(tmp_path / "stopped")) == []
+    assert train_lines(tmp_path / "whole") == train_lines(tmp_path / "stopped")
+    for name in ("one-to-two", "two-to-one"):
+        assert distance(undisturbed, tiny.newest(tmp_path / name)) < 1e-5
+        assert distance(train_lines(tmp_path / "undisturbed"), train_lines(tmp_path / name)) < 1e-4
+
+    # A part that is broken or gone is noticed, by one line.
+    newest = list_checkpoints(tmp_path / "whole" / "checkpoints")[-1]
+    first, second = sorted((newest / "shards").iterdir())
+    content = second.read_bytes()
+    second.write_bytes(content[:-100])
+    with pytest.raises(UserError, match="shards: not a readable checkpoint"):
+        load_state(newest)
+    second.write_bytes(content)
+    first.unlink()
+    with pytest.raises(UserError, match="shards: not a readable checkpoint"):
+        load_state(newest)
 
 
 @pytest.mark.slow
 def test_two_processes_equal_one_whatever_is_trained(tmp_path: Path) -> None:
     for kind in dict.fromkeys(kind for kind, _ in SLOW):
         run(make(tmp_path, kind), tmp_path / kind)
-    two(tmp_path, SLOW)
+    two(tmp_path, [planned(*one) for one in SLOW])
     for kind, shard in SLOW:
         check_equal(tmp_path, kind, shard)

@@ -48,7 +48,7 @@ def test_killed_three_times_equals_undisturbed(tmp_path: Path) -> None:
         goal = reached + rng.randint(2, 5)
         arguments = [str(Path(__file__).parent), str(tmp_path), "resume" if round_ else "start"]
         process = subprocess.Popen([sys.executable, "-c", DRIVER, *arguments], env=environment)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while process.poll() is None and not (run / "checkpoints" / f"update-{goal:06d}").exists():
             assert time.monotonic() < deadline
             time.sleep(0.002)

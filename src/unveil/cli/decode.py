@@ -53,13 +53,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--rule", metavar="NAME[:field=value,...]",
-        help="decoding rule, or reverse: the reverse process on a grid of times (default: lcr)",
+        help="decoding rule, or reverse: the reverse process on a grid of times; for uniform noise entropy_bound or "
+        "ancestral (default: lcr, for uniform noise entropy_bound)",
     )  # fmt: skip
     parser.add_argument("--schedule", metavar="NAME[:field=value,...]", help="tokens per step (default: even)")
     parser.add_argument("--transform", metavar="NAME[:field=value,...]", help="of scores before the rule: eoser")
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (default: one per position)")
     parser.add_argument("--block", type=int, metavar="N", help="block length (default: full diffusion)")
     parser.add_argument("--solver", metavar="NAME[:field=value,...]", help="outputs that tokens use (default: first)")
+    parser.add_argument(
+        "--cache", metavar="NAME[:field=value,...]", help="keys and values that steps take over (default: none)"
+    )
     parser.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest (default: 0)")
     parser.add_argument("--top-p", type=float, metavar="P", help="nucleus filter")
     parser.add_argument("--top-k", type=int, metavar="K", help="top-k filter")
@@ -77,8 +81,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 OPTIONS = {
     "steps": "--steps", "block_length": "--block", "rule": "--rule", "schedule": "--schedule", "solver": "--solver",
-    "transform": "--transform", "temperature": "--temperature", "top_p": "--top-p", "top_k": "--top-k",
-    "rank_by": "--rank-by", "stop_at_end": "--stop-at-end",
+    "transform": "--transform", "cache": "--cache", "temperature": "--temperature", "top_p": "--top-p",
+    "top_k": "--top-k", "rank_by": "--rank-by", "stop_at_end": "--stop-at-end",
 }  # fmt: skip
 
 
@@ -106,7 +110,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         _warn_unknown(denoiser, tokens[-1], prompt, f"prompt {row}")
     template = None if args.infill is None else _template(denoiser, args.infill)
     length = len(template) if template else _length(args, recipe, denoiser, max(map(len, tokens)))
-    sampler = _sampler(args, recipe, length)
+    sampler = _sampler(args, recipe, length, denoiser)
     copies = [row for row in range(len(prompts)) for _ in range(args.samples)]
     initial = None if template is None else [template] * len(copies)
     canvas = Canvas.of([tokens[row] for row in copies], length, denoiser.spec, initial=initial)
@@ -245,13 +249,18 @@ def _length(args: argparse.Namespace, recipe: DecodeRecipe | None, denoiser: Mas
         return args.length
     if recipe is not None:
         return recipe.response_length
+    if denoiser.spec.canvas_length is not None:
+        return denoiser.spec.canvas_length
     # At least 1, so that a prompt as long as the canvas gets the canvas's own message.
     room = max(1, denoiser.spec.context_length - longest)
     return min(room, trained_length(args.model) or _LONGEST)
 
 
-def _sampler(args: argparse.Namespace, recipe: DecodeRecipe | None, length: int) -> Sampler:
+def _sampler(
+    args: argparse.Namespace, recipe: DecodeRecipe | None, length: int, denoiser: MaskedDenoiser
+) -> Sampler:
     from unveil.cli.decoders import plugin, rule, sampler
+    from unveil.samplers.caches import Cache
     from unveil.samplers.schedules import Schedule
     from unveil.samplers.solvers import Solver
     from unveil.samplers.transforms import Transform
@@ -259,13 +268,18 @@ def _sampler(args: argparse.Namespace, recipe: DecodeRecipe | None, length: int)
     if recipe is not None:
         recipe.sampler.check_fits(length)
         return recipe.sampler
+    usual = "entropy_bound" if denoiser.spec.corruption == "uniform" else "lcr"
+    canvas = denoiser.spec.canvas_length
+    if canvas is not None and length % canvas:
+        raise UserError(f"--length: should be a multiple of the model's canvas_length ({canvas}), got {length}")
     settings = {
-        "steps": length if args.steps is None else args.steps,
+        "steps": args.steps,
         "block_length": args.block,
-        "rule": rule(args.rule or "lcr", "--rule"),
+        "rule": rule(args.rule or usual, "--rule"),
         "schedule": None if args.schedule is None else plugin(args.schedule, "--schedule", Schedule),
         "transform": None if args.transform is None else plugin(args.transform, "--transform", Transform),
         "solver": None if args.solver is None else plugin(args.solver, "--solver", Solver),
+        "cache": None if args.cache is None else plugin(args.cache, "--cache", Cache),
         "temperature": args.temperature,
         "top_p": args.top_p,
         "top_k": args.top_k,

@@ -52,7 +52,8 @@ def _without_rules(name: str) -> bool:
 
 
 def sampler(settings: Mapping[str, Any], length: int, options: Mapping[str, str]) -> Sampler:
-    """The sampler with the fields ``settings``, fit for responses of ``length`` tokens.
+    """The sampler with the fields ``settings``, fit for responses of ``length`` tokens: as many steps where none are
+    given and the sampler has no number of its own.
 
     A ``rule`` that names a sampler without rules stands for that sampler, with the other fields that it has.
 
@@ -73,6 +74,8 @@ def sampler(settings: Mapping[str, Any], length: int, options: Mapping[str, str]
         kind = lookup(Sampler, given["rule"]["name"])
         own = {key: value for key, value in given.pop("rule").items() if key != "name"}
         given = {key: value for key, value in given.items() if key == "temperature" or value != usual[key]} | own
+    if not hasattr(kind, "steps"):
+        given.setdefault("steps", length)
     try:
         built = build(kind, given)
         built.check_fits(length)

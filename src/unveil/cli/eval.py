@@ -50,11 +50,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--schedule", metavar="NAME[:field=value,...]", help="tokens per step (default: even)")
     parser.add_argument("--transform", metavar="NAME[:field=value,...]", help="of scores before the rule: eoser")
+    parser.add_argument("--cache", metavar="NAME[:field=value,...]", help="keys and values that steps take over")
     parser.add_argument("--temperature", type=_list_of(float), default=[0.0], metavar="T,...", help="default: 0")
     parser.add_argument("--problems", type=int, default=512, metavar="N", help="how many (default: 512)")
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="completions per problem (default: 1)")
     parser.add_argument(
         "--k", type=_list_of(int), default=[1], metavar="K,...", help="pass@k, at most --samples (default: 1)"
+    )
+    parser.add_argument(
+        "--final-only", action="store_true", help="judge finished responses alone: no rate of over-denoising"
     )
     parser.add_argument("--split", choices=("test", "train"), default="test", help="which problems (default: test)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of problems and sampling (default: 0)")
@@ -105,8 +109,10 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     from unveil.cli.progress import Progress
     from unveil.samplers.text import encode_prompts
 
-    task = task_of(args)
+    task = build_task(args.task, args.words)
     _check(args)
+    if task.medium != "text":
+        raise UserError(f"--task: {args.task} is a task of {task.medium}s (allowed: tasks of text)")
     denoiser = open_model(args.model, dtype=args.dtype, chat=args.chat)
     trained = None if args.lengths else trained_length(args.model)
     if not args.lengths and trained is None:
@@ -160,8 +166,8 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     }
 
 
-def task_of(args: argparse.Namespace) -> Task:
-    """The task ``--task`` with the settings ``task.key=value``.
+def build_task(name: str, settings: Sequence[str], option: str = "--task") -> Task:
+    """The task ``name`` with the settings ``task.key=value``.
 
     Raises:
         UserError: a setting is wrong.
@@ -170,14 +176,14 @@ def task_of(args: argparse.Namespace) -> Task:
     from unveil.recipe import build
     from unveil.tasks.base import Task
 
-    for word in args.words:
+    for word in settings:
         if not word.startswith("task."):
             raise UserError(f"{word!r} should look like task.key=value")
-    data = merge({"task": {"name": args.task}}, args.words)["task"]
+    data = merge({"task": {"name": name}}, settings)["task"]
     try:
         return build(Task, data, "task")
     except UserError as error:
-        raise UserError(str(error).replace("task.name: ", "--task: ", 1)) from error
+        raise UserError(str(error).replace("task.name: ", f"{option}: ", 1)) from error
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -212,8 +218,8 @@ def _open(args: argparse.Namespace, task: Task, problems: Sequence[Problem], cel
         "task": dump(task) | {"name": args.task},
         "split": args.split, "seed": args.seed, "problems": len(problems),
         "prompts": derive_seed(*((problem.id, problem.prompt, problem.answer) for problem in problems)),
-        "samples": args.samples, "batch": args.batch,
-        "schedule": args.schedule, "transform": args.transform,
+        "samples": args.samples, "batch": args.batch, "final_only": args.final_only,
+        "schedule": args.schedule, "transform": args.transform, "cache": args.cache,
         "decoders": [cell.settings() for cell in cells],
     }  # fmt: skip
     expected = [(problem.id, sample) for problem in problems for sample in range(args.samples)]
@@ -233,7 +239,7 @@ def _batches(
 
     return complete(
         denoiser, task, problems, cell.sampler, response_length=cell.length, samples=args.samples, seed=args.seed,
-        batch_size=args.batch, start=done,
+        batch_size=args.batch, start=done, guesses=not args.final_only,
     )  # fmt: skip
 
 
@@ -244,11 +250,12 @@ def _summary(args: argparse.Namespace, cell: Cell, measured: Measured) -> dict[s
     made, n = measured.completions, args.samples
     groups = [made[start : start + n] for start in range(0, len(made), n)]
     right = [sum(one.correct for one in group) for group in groups]
-    lost = [sum(one.over_denoised for one in group) / n for group in groups]
+    lost = [] if args.final_only else [[sum(one.over_denoised or 0 for one in group) / n for group in groups]]
     passed = [[pass_at_k(n, count, k) for count in right] for k in args.k]
-    accuracy, over, *passes = bootstrap(
-        [[count / n for count in right], lost, *passed], resamples=args.resamples, seed=args.seed
+    accuracy, *rest = bootstrap(
+        [[count / n for count in right], *passed, *lost], resamples=args.resamples, seed=args.seed
     )
+    passes, over = rest[: len(passed)], rest[len(passed) :]
     if n > 1 and all(len({one.completion for one in group}) == 1 for group in groups):
         print("unveil: warning: all samples of a problem are equal: this decoder draws nothing", file=sys.stderr)
     seconds = measured.decoding + measured.judging
@@ -259,8 +266,10 @@ def _summary(args: argparse.Namespace, cell: Cell, measured: Measured) -> dict[s
             {"k": k, "value": one.mean, "low": one.low, "high": one.high}
             for k, one in zip(args.k, passes, strict=True)
         ],
-        "over_denoising": over.mean, "over_denoising_low": over.low, "over_denoising_high": over.high,
-        "ever_correct": accuracy.mean + over.mean,
+        "over_denoising": over[0].mean if over else None,
+        "over_denoising_low": over[0].low if over else None,
+        "over_denoising_high": over[0].high if over else None,
+        "ever_correct": accuracy.mean + over[0].mean if over else None,
         "score": _mean([one.score for one in made]),
         "sample_entropy": _mean([one.entropy for one in made]),
         "steps_per_chain": _mean([one.chain_steps for one in made]),
@@ -296,9 +305,10 @@ def _report(args: argparse.Namespace, results: Sequence[dict[str, Any]]) -> Tabl
         if k > 1:
             found = [line["pass_at_k"][place] for line in results]
             columns[f"pass@{k} %"] = [interval(one["value"], one["low"], one["high"]) for one in found]
-    keys = ("over_denoising", "over_denoising_low", "over_denoising_high")
-    columns["over denoised %"] = [interval(*(line[key] for key in keys)) for line in results]
-    columns["ever correct %"] = [f"{100 * line['ever_correct']:.1f}" for line in results]
+    if not args.final_only:
+        keys = ("over_denoising", "over_denoising_low", "over_denoising_high")
+        columns["over denoised %"] = [interval(*(line[key] for key in keys)) for line in results]
+        columns["ever correct %"] = [f"{100 * line['ever_correct']:.1f}" for line in results]
     columns["forwards"] = [f"{line['forwards_per_completion']:.1f}" for line in results]
     columns["tokens"] = [f"{line['tokens_per_completion']:.1f}" for line in results]
     columns["tokens per s"] = [_speed(line["tokens_per_second"]) for line in results]

@@ -17,10 +17,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from unveil.denoisers.kept import KeyValues
 from unveil.denoisers.tokenizer import TextTokenizer
 from unveil.denoisers.unmask import FILE, UnmaskNetwork, load_unmask, read_unmask_header, save_unmask
 from unveil.processes.masked import MaskedProcess
 from unveil.processes.score_entropy import Method, Noise, ScoreEntropyProcess
+from unveil.processes.uniform import UniformProcess
 from unveil.registry import UserError
 
 _UNMASK = "unmask_module"
@@ -32,11 +34,12 @@ class DenoiserSpec:
 
     vocab_size: int
     mask_id: int
+    """What a place to fill holds on a canvas: the mask; -1, no token at all, where the vocabulary has none."""
     pad_id: int
     end_ids: tuple[int, ...]
     """Tokens that end a response; everything after the first one is not text."""
     forbidden_ids: tuple[int, ...]
-    """Tokens that are never produced; always holds the mask id."""
+    """Tokens that are never produced; always holds the mask id, if there is a mask."""
     context_length: int
     """The longest canvas (prompt + response)."""
     logit_shift: int = 0
@@ -50,9 +53,23 @@ class DenoiserSpec:
     """The noise schedule that log-scores belong to."""
     feature_dim: int = 0
     """D of `features`; 0 where nothing but the head may read them."""
+    keeps_keys: bool = False
+    """True if the network has a `window`: features of some columns, with kept keys and values of the others."""
+    attention_block: int | None = None
+    """Positions see their block of so many tokens, counted from the first token of the canvas, and all blocks before
+    it. None: all positions see one another."""
+    corruption: Literal["mask", "uniform"] = "mask"
+    """What noise is made of: masks, or random tokens (`UniformDenoiser`)."""
+    canvas_length: int | None = None
+    """Tokens that are denoised at a time behind a causal prefix, where the network fixes it."""
+
+    @property
+    def uniform(self) -> UniformProcess:
+        """The process of a network whose noise is random tokens."""
+        return UniformProcess(vocab_size=self.vocab_size)
 
     def process(self, method: Method = "tweedie") -> MaskedProcess | ScoreEntropyProcess:
-        """The process whose reverse step takes this network's predictions; ``method`` is for scores alone."""
+        """The masked process whose reverse step takes this network's predictions; ``method`` is for scores alone."""
         if self.noise is None:
             return MaskedProcess(mask_id=self.mask_id)
         return ScoreEntropyProcess(mask_id=self.mask_id, noise=self.noise, method=method)
@@ -71,6 +88,10 @@ class Denoiser(nn.Module):
     @abstractmethod
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, model.safetensors and whatever else opens the model again."""
+
+    def save_adapter(self, wrapped: Any, folder: Path) -> None:
+        """Write the low-rank adapters that ``peft`` put into it (``wrapped``) in the standard format."""
+        wrapped.save_pretrained(str(folder))
 
     def checkpoint_gradients(self) -> None:
         """From now on trade time for memory in training: recompute activations in the backward pass.
@@ -115,6 +136,18 @@ class MaskedDenoiser(Denoiser):
         ``t`` (B,) is the time of each canvas, 1 all masks; networks without time conditioning ignore it. Padding never
         changes the features of valid positions: a padded batch equals single calls to 1e-5.
         """
+
+    def window(self, ids: Tensor, valid: Tensor, kept: KeyValues, columns: Tensor | None = None) -> Tensor:
+        """Features (n, W, D) at some columns of the canvases ``ids`` (n, L), which attend to ``kept`` at the others.
+
+        The keys and values of ``columns`` are replaced by new ones. Only for networks whose spec `keeps_keys`.
+
+        Args:
+            kept: the memory of these n canvases.
+            columns: (n, W) ascending, neighbours but for repetitions, inside each row's valid part; None: all L, which
+                is `features` and fills the memory.
+        """
+        raise NotImplementedError(f"{type(self).__name__} keeps no keys")
 
     @abstractmethod
     def head(self, features: Tensor) -> Tensor:

@@ -7,10 +7,12 @@ projections of attention, which the files keep together, are three.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
+from unveil.denoisers.base import DenoiserSpec
 from unveil.denoisers.decoders import DecoderDenoiser, bidirectional
 from unveil.denoisers.pretrained import Part
 from unveil.registry import UserError
@@ -57,10 +59,17 @@ class Llada2Denoiser(DecoderDenoiser):
         }
         return bidirectional("glm4_moe", settings)
 
-    def mask(self, attendable: Tensor | None, position: Tensor) -> Tensor:
-        block = position // self.published.config.get("block_length", BLOCK)
-        seen = block[:, None, :] <= block[:, :, None]
+    def mask(self, attendable: Tensor | None, position: Tensor, query: Tensor) -> Tensor:
+        size = self.block_length
+        seen = position[:, None, :] // size <= query[:, :, None] // size
         return (seen if attendable is None else seen & attendable[:, None, :])[:, None]
+
+    @property
+    def block_length(self) -> int:
+        return self.published.config.get("block_length", BLOCK)
+
+    def _make_spec(self, text: Any) -> DenoiserSpec:
+        return replace(super()._make_spec(text), attention_block=self.block_length)
 
     def parts(self, name: str) -> list[Part]:
         config = self.network.config

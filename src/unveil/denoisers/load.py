@@ -6,10 +6,12 @@ import hashlib
 import importlib
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 from unveil.denoisers import hub
 from unveil.denoisers.base import Denoiser, MaskedDenoiser
 from unveil.denoisers.image import ImageDenoiser
+from unveil.denoisers.pipelines import INDEX, PipelineDenoiser, PipelineOptions, read_index
 from unveil.denoisers.pretrained import Dtype, PretrainedDenoiser
 from unveil.denoisers.score import ScoreDenoiser
 from unveil.denoisers.transformer import TransformerDenoiser, read_config
@@ -32,8 +34,16 @@ PUBLISHED = {
     "modernbert": "bert:BertDenoiser",
     "mdlm": "mdlm:MdlmDenoiser",
     "sedd": "sedd:SeddDenoiser",
+    "diffusion_gemma": "diffusion_gemma:DiffusionGemmaDenoiser",
 }
 """Adapter of each model_type in a published config.json."""
+PIPELINES = {
+    "StableDiffusionPipeline": "stable_diffusion:StableDiffusion",
+    "StableDiffusionXLPipeline": "stable_diffusion:StableDiffusionXl",
+    "StableDiffusion3Pipeline": "flow_transformers:StableDiffusion3",
+    "FluxPipeline": "flow_transformers:Flux",
+}
+"""Adapter of each class in a published model_index.json."""
 
 
 def embedded_models() -> list[str]:
@@ -51,10 +61,12 @@ def model_folder(name_or_path: str | Path) -> Path:
     """
     path = Path(name_or_path)
     for candidate in (path, path / "model", EMBEDDED / str(name_or_path)):
-        if (candidate / "config.json").is_file():
+        if (candidate / "config.json").is_file() or (candidate / INDEX).is_file():
             return candidate
     if path.is_dir():
-        raise UserError(f"model {str(name_or_path)!r}: the folder holds no config.json (neither it nor its model/)")
+        raise UserError(
+            f"model {str(name_or_path)!r}: the folder holds no config.json or {INDEX} (neither it nor its model/)"
+        )
     if hub.NAME.fullmatch(str(name_or_path)) and not Path(str(name_or_path).split("/")[0]).exists():
         return hub.download(str(name_or_path))
     hint = did_you_mean(str(name_or_path), embedded_models())
@@ -82,6 +94,7 @@ def load_denoiser(
     dtype: Dtype = "fp32",
     chat: bool = False,
     gradient_checkpointing: bool = False,
+    pipeline: PipelineOptions | None = None,
 ) -> Denoiser:
     """Open a denoiser in evaluation mode, with the unmasking policy that lies beside it, if there is one.
 
@@ -90,11 +103,20 @@ def load_denoiser(
         dtype: of the weights. The embedded models are fp32.
         chat: wrap prompts into the model's chat template.
         gradient_checkpointing: recompute activations in the backward pass.
+        pipeline: how a published image pipeline is used.
 
     Raises:
         UserError: there is no such model, its files are broken, its type is not known, or an option does not fit it.
     """
     folder = model_folder(name_or_path)
+    if (folder / INDEX).is_file():
+        if chat:
+            raise UserError(f"model {str(name_or_path)!r}: chat is an option of models of text only")
+        return _pipeline(folder).from_pretrained(
+            folder, dtype=dtype, options=pipeline, gradient_checkpointing=gradient_checkpointing
+        )
+    if pipeline is not None:
+        raise UserError(f"model {str(name_or_path)!r}: pipeline is an option of published image pipelines only")
     config = read_config(folder)
     model_type = config.get("model_type")
     if model_type is None and {"graph", "noise", "tokens"} <= config.keys():
@@ -133,7 +155,19 @@ def _adapter(model_type: object, folder: Path) -> type[PretrainedDenoiser]:
     if model_type not in PUBLISHED:
         hint = did_you_mean(str(model_type), [*KINDS, *PUBLISHED])
         raise UserError(f"{folder / 'config.json'}: model_type {model_type!r} cannot be opened{hint}")
-    if importlib.util.find_spec("transformers") is None:
-        raise UserError(f"{folder}: a model of type {model_type!r} needs an extra (pip install 'unveil[hf]')")
-    module, _, name = PUBLISHED[str(model_type)].partition(":")
+    return _found(PUBLISHED[str(model_type)], f"{folder}: a model of type {model_type!r}", "transformers", "hf")
+
+
+def _pipeline(folder: Path) -> type[PipelineDenoiser]:
+    name = read_index(folder).get("_class_name")
+    if name not in PIPELINES:
+        hint = did_you_mean(str(name), PIPELINES)
+        raise UserError(f"{folder / INDEX}: a pipeline of class {name!r} cannot be opened{hint}")
+    return _found(PIPELINES[str(name)], f"{folder}: a pipeline of class {name!r}", "diffusers", "diffusers")
+
+
+def _found(place: str, what: str, package: str, extra: str) -> Any:
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{what} needs an extra (pip install 'unveil[{extra}]')")
+    module, _, name = place.partition(":")
     return getattr(importlib.import_module(f"unveil.denoisers.{module}"), name)

@@ -171,6 +171,8 @@ class PretrainedDenoiser(MaskedDenoiser):
 
     tokenizer_class: ClassVar[str] = "Qwen2Tokenizer"
     """The class of ``transformers`` that reads a folder without tokenizer.json."""
+    has_mask: ClassVar[bool] = True
+    """False for networks whose noise is random tokens."""
     forbidden_bias: Tensor
 
     def __init__(self, network: nn.Module, published: PublishedFolder, text: Any, *, chat: bool = False) -> None:
@@ -293,10 +295,13 @@ class PretrainedDenoiser(MaskedDenoiser):
         Never produced are the mask, padding, what opens a text or stands for unknown words, and ids without a token.
         """
         config, sizes, where = self.published.config, self.sizes(), self.published.folder
+        config = {**config.get("text_config", {}), **config}
         known = text.get_vocab()
         generation = json.loads(self.published.companions.get("generation_config.json", b"{}"))
         own = [known.get(token) for token in MASKS]
         mask = _first(config.get("mask_token_id"), text.mask_token_id, self.default_mask(), *own)
+        if not self.has_mask:
+            mask = -1
         if mask is None:
             raise UserError(f"{where}: no mask token (neither config.json nor the tokenizer names one)")
         named: list[int | None] = []
@@ -309,7 +314,8 @@ class PretrainedDenoiser(MaskedDenoiser):
             raise UserError(f"{where}: no end token (neither config.json nor the tokenizer names one)")
         pad = _first(config.get("pad_token_id"), text.pad_token_id)
         pad = ends[0] if pad is None or pad == mask else pad
-        for what, index in (("mask token", mask), ("padding token", pad), *(("end token", end) for end in ends)):
+        named_ids = [("padding token", pad), *(("end token", end) for end in ends)]
+        for what, index in [("mask token", mask), *named_ids] if self.has_mask else named_ids:
             if not (type(index) is int and 0 <= index < sizes["vocab_size"]):
                 raise UserError(f"{where}: the {what} {index!r} is outside the {sizes['vocab_size']} ids of the model")
         openers = {text.cls_token_id, text.bos_token_id, text.unk_token_id} - {None, *ends}
@@ -318,7 +324,7 @@ class PretrainedDenoiser(MaskedDenoiser):
             mask_id=mask,
             pad_id=pad,
             end_ids=tuple(ends),
-            forbidden_ids=tuple(sorted({mask, *({pad} - set(ends)), *openers, *nameless})),
+            forbidden_ids=tuple(sorted({mask, *({pad} - set(ends)), *openers, *nameless} - {-1})),
             **sizes,  # type: ignore[arg-type]
         )
 

@@ -47,7 +47,7 @@ class Scored(MaskedDenoiser):
     def told_the_time(self, noise: Noise, dim: int) -> None:
         """Add the time embedding of width ``dim`` and declare what the head gives; ends the constructor."""
         self.spec = dataclasses.replace(
-            self.spec, time_conditioned=True, prediction="log_score", noise=noise, feature_dim=dim + 1
+            self.spec, time_conditioned=True, prediction="log_score", noise=noise, feature_dim=dim + 1, keeps_keys=False
         )
         self.time_in = nn.Linear(2 * FREQUENCIES, dim, bias=False)
         self.time_out = nn.Linear(dim, dim, bias=False)

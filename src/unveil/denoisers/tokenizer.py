@@ -77,12 +77,13 @@ class TextTokenizer:
         return [kept for index in ids for kept in (replacement if index in self._special else [index])]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids without special tokens."""
-        return self.backend.decode(list(ids), skip_special_tokens=True)
+        """Text of ids without special tokens and without places that hold no token yet (below 0)."""
+        return self.decode_batch([ids])[0]
 
     def decode_batch(self, rows: Sequence[Sequence[int]]) -> list[str]:
-        return self.backend.decode_batch([list(row) for row in rows], skip_special_tokens=True)
+        kept = [[index for index in row if index >= 0] for row in rows]
+        return self.backend.decode_batch(kept, skip_special_tokens=True)
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
         """The written form of every single id, for display."""
-        return [self.backend.id_to_token(int(index)) or f"#{int(index)}" for index in ids]
+        return [self.backend.id_to_token(int(index)) or f"#{int(index)}" if index >= 0 else MASK for index in ids]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -15,8 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from unveil.denoisers.base import DenoiserSpec, MaskedDenoiser
+from unveil.denoisers.kept import KeyValues
 from unveil.denoisers.tokenizer import END, MASK, PAD, UNKNOWN, TextTokenizer
 from unveil.registry import UserError
+
+Keep = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +63,19 @@ class Block(nn.Module):
         self.gate_up = nn.Linear(dim, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, dim, bias=False)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], attendable: Tensor | None) -> Tensor:
-        """x (B, L, D); rotation = (cos, sin) each (B or 1, 1, L, head_dim); attendable (B, 1, 1, L) or None."""
+    def forward(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], attendable: Tensor | None, keep: Keep | None = None
+    ) -> Tensor:
+        """x (B, W, D); rotation = (cos, sin) each (B or 1, 1, W, head_dim); attendable (B, 1, 1, L) or None.
+
+        ``keep`` takes the keys and values (B, heads, W, head_dim) of x and gives those of all L columns.
+        """
         batch, length, dim = x.shape
         qkv = self.qkv(self.attention_norm(x)).view(batch, length, 3, self.heads, dim // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         query, key = _rotate(query, rotation), _rotate(key, rotation)
+        if keep is not None:
+            key, value = keep(key, value)
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attendable)
         x = x + self.attention_out(mixed.transpose(1, 2).reshape(batch, length, dim))
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
@@ -92,6 +104,7 @@ class TransformerDenoiser(MaskedDenoiser):
             forbidden_ids=(mask, pad, tokenizer.id(UNKNOWN)),
             context_length=config.context_length,
             feature_dim=config.dim,
+            keeps_keys=True,
         )
         self.embedding = nn.Embedding(len(tokenizer), config.dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
@@ -121,18 +134,31 @@ class TransformerDenoiser(MaskedDenoiser):
             raise UserError(
                 f"the canvas has {length} tokens, the model's context_length is {self.config.context_length}"
             )
-        if bool(valid.all()):
-            cos, sin = self.rope_cos[None, None, :length], self.rope_sin[None, None, :length]
-            attendable = None
-        else:
-            position = (valid.cumsum(1) - 1).clamp(min=0)
-            cos, sin = self.rope_cos[position][:, None], self.rope_sin[position][:, None]
-            # A row without any valid key would make softmax 0/0; its outputs are never read, so let it see itself.
-            attendable = (valid | ~valid.any(1, keepdim=True))[:, None, None, :]
+        rotation, attendable = self._places(valid)
         x = self.embed(ids, t)
         for block in self.blocks:
-            x = block(x, (cos, sin), attendable)
+            x = block(x, rotation, attendable)
         return self.norm(x)
+
+    def window(self, ids: Tensor, valid: Tensor, kept: KeyValues, columns: Tensor | None = None) -> Tensor:
+        rotation, attendable = self._places(valid, columns)
+        x = self.embed(ids if columns is None else ids.gather(1, columns), None)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rotation, attendable, partial(kept.update, layer, columns))
+        return self.norm(x)
+
+    def _places(self, valid: Tensor, columns: Tensor | None = None) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+        """The rotation of ``columns`` (B, W), or of all, and who may be attended to (B, 1, 1, L), None for all."""
+        if bool(valid.all()):
+            place = slice(valid.shape[1]) if columns is None else columns
+            cos, sin = self.rope_cos[place], self.rope_sin[place]
+            return (cos.unsqueeze(-3), sin.unsqueeze(-3)), None
+        position = (valid.cumsum(1) - 1).clamp(min=0)
+        if columns is not None:
+            position = position.gather(1, columns)
+        # A row without any valid key would make softmax 0/0; its outputs are never read, so let it see itself.
+        attendable = (valid | ~valid.any(1, keepdim=True))[:, None, None, :]
+        return (self.rope_cos[position][:, None], self.rope_sin[position][:, None]), attendable
 
     def embed(self, ids: Tensor, t: Tensor | None) -> Tensor:
         """What the first block reads, (B, L, D)."""

@@ -20,6 +20,7 @@ from unveil.learning.views import FIRST, Inner, Likelihood, Scores, Views
 from unveil.registry import UserError
 from unveil.samplers.actions import Action
 from unveil.samplers.base import Sampler, TokenSampler
+from unveil.samplers.masked import MaskedSampler
 from unveil.samplers.trajectory import TokenTrajectory
 from unveil.seeds import derive_seed, generator
 
@@ -201,6 +202,12 @@ class TrajectoryLikelihood(TokenLikelihood, name="trajectory"):
 
     def check_fits(self, sampler: Sampler, denoiser: MaskedDenoiser) -> None:
         super().check_fits(sampler, denoiser)
+        cache = sampler.cache if isinstance(sampler, MaskedSampler) and sampler.block_length is not None else None
+        if self.tokens == "masked" and cache is not None and not cache.looks_ahead:
+            raise UserError(
+                f"policy.rollout.sampler.cache: {cache.name!r} guesses holes of later blocks from earlier states, and "
+                "policy.likelihood.tokens: masked scores them at this one (allowed: prefix; or tokens: revealed)"
+            )
         if self.order is None:
             return
         if not self.order.trains:

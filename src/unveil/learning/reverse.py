@@ -2,7 +2,8 @@
 
 Every masked position of a step counts, also those that stayed masked: with a network of scores the probability of
 staying is the network's, so that the policy gradient also teaches it when tokens appear. With a masked process moving
-or staying is a coin that no weight turns, and only the revealed tokens have a gradient.
+or staying is a coin that no weight turns, and only the revealed tokens have a gradient. With uniform noise every
+position counts at every step.
 """
 
 from __future__ import annotations
@@ -23,19 +24,25 @@ from unveil.registry import UserError
 from unveil.samplers.base import Sampler, TokenSampler
 from unveil.samplers.reverse import ReverseSampler
 from unveil.samplers.trajectory import TokenTrajectory
+from unveil.samplers.uniform import Ancestral
 
 
 @dataclass(kw_only=True)
 class ReverseLikelihood(TokenLikelihood, name="reverse"):
-    """The states that the sampler `reverse` visited: log p(x_s | x_t) of every position that was masked at time t."""
+    """The states that the sampler `reverse` or `ancestral` visited: log p(x_s | x_t) of every position that was open at
+    time t."""
 
     needs = frozenset({"states", "guesses", "revealed", "times"})
     method: Method = "tweedie"
     """How a score network's reverse rates are integrated; that of rollout.sampler."""
 
     def check_fits(self, sampler: Sampler, denoiser: MaskedDenoiser) -> None:
+        if isinstance(sampler, Ancestral):
+            if denoiser.spec.canvas_length is not None:
+                raise UserError("policy.likelihood: 'reverse' needs a network without a cache of the text before it")
+            return
         if not isinstance(sampler, ReverseSampler):
-            raise UserError(f"policy.likelihood: 'reverse' scores the sampler of that name, not {sampler.name!r}")
+            raise UserError(f"policy.likelihood: 'reverse' scores that sampler and 'ancestral', not {sampler.name!r}")
         if self.method != sampler.method:
             raise UserError(
                 f"policy.likelihood.method: should be {sampler.method!r} as in rollout.sampler, got {self.method!r}"
@@ -52,12 +59,17 @@ class ReverseLikelihood(TokenLikelihood, name="reverse"):
         rows, steps = ((chosen > 0) & trajectory.active).nonzero(as_tuple=True)
         assert trajectory.guesses is not None and trajectory.revealed is not None and trajectory.times is not None
         states, holes = trajectory.states_at(rows, steps), trajectory.holes_at(rows, steps)
+        targets = torch.where(trajectory.revealed[rows, steps], trajectory.guesses[rows, steps], states)
+        if spec.corruption == "uniform":
+            assert trajectory.states is not None
+            holes = (trajectory.response_valid & ~trajectory.given)[rows]
+            targets = torch.cat([trajectory.states[:, 1:], trajectory.response_ids[:, None]], 1)[rows, steps]
         return TokenViews(
             ids=torch.cat([trajectory.prompt_ids[rows], states], 1),
             valid=trajectory.valid[rows],
             prompt_width=trajectory.prompt_ids.shape[1],
             scored=holes,
-            targets=torch.where(trajectory.revealed[rows, steps], trajectory.guesses[rows, steps], states),
+            targets=targets,
             rows=rows,
             steps=steps,
             holes=holes.sum(1),
@@ -74,11 +86,12 @@ class ReverseLikelihood(TokenLikelihood, name="reverse"):
         canvas = denoiser.features(views.ids.to(device), views.valid.to(device), times[:, 0])
         row, column = scored.nonzero(as_tuple=True)
         features = canvas[row, views.prompt_width + column]
-        targets = views.targets.to(device)[row, column]
+        here, targets = (ids.to(device)[row, column] for ids in (views.ids[:, views.prompt_width :], views.targets))
         rows = max(1, CHUNK_ELEMENTS // denoiser.spec.vocab_size)
         recompute = len(features) > rows and torch.is_grad_enabled()
         parts = []
-        for part in zip(features.split(rows), targets.split(rows), times[row].split(rows), strict=True):
+        inputs = (features, here, targets, times[row])
+        for part in zip(*(value.split(rows) for value in inputs), strict=True):
             arguments = (denoiser, *part, sampler.temperature, self.method)
             if recompute:
                 parts.append(checkpoint(_score_rows, *arguments, use_reentrant=False, preserve_rng_state=False))
@@ -94,12 +107,18 @@ class ReverseLikelihood(TokenLikelihood, name="reverse"):
 
 
 def _score_rows(
-    denoiser: MaskedDenoiser, features: Tensor, targets: Tensor, times: Tensor, temperature: float, method: Method
+    denoiser: MaskedDenoiser,
+    features: Tensor,
+    here: Tensor,
+    targets: Tensor,
+    times: Tensor,
+    temperature: float,
+    method: Method,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (N,) of the next states ``targets`` (N,) of N masked positions, and entropies (N,)."""
+    """Log-probabilities (N,) of the next states ``targets`` of N positions in states ``here``, and entropies (N,)."""
     spec = denoiser.spec
-    masked = torch.full_like(targets, spec.mask_id)
-    transition = spec.process(method).step(denoiser.head(features), masked, times[:, 0], times[:, 1], temperature)
+    process = spec.uniform if spec.corruption == "uniform" else spec.process(method)
+    transition = process.step(denoiser.head(features), here, times[:, 0], times[:, 1], temperature)
     with torch.no_grad():
         entropy = transition.entropy()
     return transition.log_prob(targets), entropy

@@ -99,9 +99,14 @@ _judge = _Judge()
 atexit.register(_judge.stop)
 
 
+def same_text(gold: str, answer: str) -> bool:
+    """Equal as written, white space aside."""
+    return "".join(gold.split()) == "".join(answer.split())
+
+
 def equal_answers(gold: str, answer: str) -> bool:
     """Equal as written (white space aside) or equal in value. Never raises on any string."""
-    if "".join(gold.split()) == "".join(answer.split()):
+    if same_text(gold, answer):
         return True
     if not answer.strip() or len(answer) > MAX_CHARACTERS:
         return False

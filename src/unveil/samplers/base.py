@@ -138,6 +138,14 @@ class TokenSampler(Sampler):
     def greedy(self) -> bool:
         return self.temperature == 0
 
+    def check_denoiser(self, denoiser: Any) -> None:
+        super().check_denoiser(denoiser)
+        if denoiser.spec.corruption == "uniform":
+            raise UserError(
+                f"sampler: {self.name!r} fills masks, the model's noise is random tokens (allowed: entropy_bound, "
+                "ancestral)"
+            )
+
     def sample_batch(
         self, denoiser: MaskedDenoiser, start: Canvas, seeds: Sequence[int], needs: frozenset[str]
     ) -> TokenTrajectory:

@@ -19,6 +19,7 @@ from unveil.denoisers.unmask import UnmaskInputs
 from unveil.registry import UserError
 from unveil.samplers.actions import Action
 from unveil.samplers.base import TokenSampler
+from unveil.samplers.caches import Cache, Kept
 from unveil.samplers.canvas import Canvas
 from unveil.samplers.rules import LowConfidence, Policy, Rule, State, StepView
 from unveil.samplers.schedules import Even, Schedule
@@ -46,6 +47,8 @@ class MaskedSampler(TokenSampler, name="masked"):
     """Changes the scores that the rule ranks by; None: they stay."""
     solver: Solver = field(default_factory=First)
     """What tokens are drawn from, given the network's outputs at this step and the last."""
+    cache: Cache | None = None
+    """Which keys and values a step takes over from earlier ones; None: none, every step computes the whole canvas."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """0 takes the likeliest token; otherwise tokens are drawn from softmax(logits / temperature)."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -103,6 +106,11 @@ class MaskedSampler(TokenSampler, name="masked"):
         if denoiser.spec.prediction == "log_score":
             raise UserError("sampler: 'masked' cannot time a network of scores (allowed: reverse)")
         self.rule.network(denoiser)
+        if self.cache is not None and not denoiser.spec.keeps_keys:
+            raise UserError(
+                f"sampler.cache: {self.cache.name!r} needs a network that can keep keys and values, which "
+                f"{type(denoiser).__name__} cannot (allowed: null)"
+            )
 
     def sample_batch(
         self, denoiser: MaskedDenoiser, start: Canvas, seeds: Sequence[int], needs: frozenset[str]
@@ -154,6 +162,10 @@ class _Chains:
         if sampler.rule.follows_schedule:
             self.timetable = Timetable.of(holes, layout, sampler.schedule, device)
             self.planned = torch.tensor(self.timetable.ends)
+        self.reads_all = self.network is not None or bool(needs & {"guesses", "log_prob", "confidence", "entropy"})
+        self.kept: Kept | None = None
+        if sampler.cache is not None:
+            self.kept = Kept(sampler.cache, denoiser, [size for size, _ in layout], open_only=not self.reads_all)
         self.token_noise, self.order_noise = self._draw_noise(seeds, lengths.tolist(), int(self.planned.max()), width)
 
         self.canvas = canvas = canvas.to(device)
@@ -207,13 +219,16 @@ class _Chains:
         open_holes = holes if self.blocks == 1 else holes & (self.block_of <= slot.block[:, None])
         # A reader of guesses wants the whole x_0, holes of later blocks included; a network reads what is believed of
         # them all; another rule only ever sees the open ones.
-        wide = self.network is not None or bool(self.needs & {"guesses", "log_prob", "confidence", "entropy"})
-        read = holes if wide else open_holes
+        read = holes if self.reads_all else open_holes
         if sampler.solver.revises:
             read = read | self.again
         width = holes.shape[1]
-        times = None if self.clock is None else self.clock.at(slot.block, open_holes.sum(1))
-        features = self.denoiser.features(self.ids, self.valid, times)[:, self.start : self.start + width]
+        if self.kept is None:
+            times = None if self.clock is None else self.clock.at(slot.block, open_holes.sum(1))
+            features = self.denoiser.features(self.ids, self.valid, times)
+        else:
+            features = self.kept.step(self.ids, self.valid, open_holes, self.start, slot.block)
+        features = features[:, self.start : self.start + width]
         self.forwards += len(self.rows)
         logits = self.denoiser.head(features[read])
         noise = None if self.order_noise is None else self.order_noise[self.rows, step, :, :width]
@@ -357,6 +372,8 @@ class _Chains:
         used = self.valid.any(0).nonzero()
         low, high = min(int(used[0]), self.start), int(used[-1]) + 1
         width = high - self.start
+        if self.kept is not None:
+            self.kept.select(keep, low, high)
         self.ids, self.valid = self.ids[:, low:high].contiguous(), self.valid[:, low:high].contiguous()
         self.start -= low
         self.editable, self.block_of = self.editable[:, :width], self.block_of[:width]

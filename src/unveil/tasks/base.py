@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from unveil.registry import Plugin
+from unveil.registry import Plugin, UserError
 
 Split = Literal["train", "test"]
 Medium = Literal["text", "image"]
@@ -63,6 +63,18 @@ class Task(Plugin, family="task"):
     def check(self, problem: Problem, completion: Any) -> Verdict:
         """Judge one sample: a string without special tokens, or a tensor (C, H, W) in [0, 1]. Never raises on any."""
         raise NotImplementedError
+
+    def recorded(self, question: str, truth: Any) -> Problem | None:
+        """The problem of a completion that another program has stored; None where its reference answer is missing.
+
+        Args:
+            question: as stored; tells problems apart.
+            truth: the stored reference answer, in the form of d1's evaluation.
+
+        Raises:
+            UserError: this task reads no stored completions, or the truth has another form.
+        """
+        raise UserError(f"task {self.name!r} reads no completions of other programs")
 
     def check_all(self, problems: Sequence[Problem], samples: Sequence[Any]) -> list[Verdict]:
         """`check` of N samples. A judge that is a network looks at all of them at once."""

@@ -25,7 +25,7 @@ class Completion:
         completion: the text, up to the first end token.
         correct: whether the task's verifier takes it.
         score: its shaped score.
-        over_denoised: some guess on the way was right and this is wrong.
+        over_denoised: some guess on the way was right and this is wrong; None where guesses were not judged.
         tokens: before the first end token.
         chain_steps: denoising steps.
         forwards: network evaluations.
@@ -39,7 +39,7 @@ class Completion:
     completion: str
     correct: bool
     score: float
-    over_denoised: bool
+    over_denoised: bool | None
     tokens: int
     chain_steps: int
     forwards: float
@@ -67,12 +67,14 @@ def complete(
     seed: int = 0,
     batch_size: int = 128,
     start: int = 0,
+    guesses: bool = True,
 ) -> Iterator[Batch]:
     """``samples`` completions of every problem, problem after problem.
 
     Args:
         start: completions to leave out at the beginning, a multiple of ``batch_size``: what follows is the same to the
             last bit as if they had been made.
+        guesses: judge the guess of every step as well, which `over_denoised` needs.
     """
     listed = [problem for problem in problems for _ in range(samples)]
     seeds = chain_seeds(listed, seed)
@@ -81,14 +83,14 @@ def complete(
     for first in range(start, len(listed), batch_size):
         rows = slice(first, first + batch_size)
         began = time.perf_counter()
-        trajectory = sampler.sample(denoiser, canvas.rows(rows), seeds[rows], needs={"guesses"})
+        trajectory = sampler.sample(denoiser, canvas.rows(rows), seeds[rows], needs={"guesses"} if guesses else ())
         decoded = time.perf_counter()
         judged = judge(task, listed[rows], denoiser, trajectory)
         tokens = text_tokens(denoiser, trajectory)
         steps = trajectory.active.sum(1).tolist()
         columns = zip(
             listed[rows], range(first, first + batch_size), judged.samples, judged.verdicts,
-            over_denoised(judged).tolist(), tokens.sum(1).tolist(), steps,
+            over_denoised(judged).tolist() if guesses else [None] * len(steps), tokens.sum(1).tolist(), steps,
             unigram_entropy(trajectory.response_ids, tokens).tolist(), trajectory.unfinished.tolist(),
             strict=False,
         )  # fmt: skip

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations_with_replacement, product
 from math import comb
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -115,6 +115,13 @@ class Countdown(Task, name="countdown"):
                 "right_numbers": float(verdict.right_numbers),
             },
         )
+
+    def recorded(self, question: str, truth: Any) -> Problem | None:
+        """``truth`` is ``[[12, 7, 3], 57]``."""
+        match truth:
+            case [[*numbers], int(target)] if all(isinstance(number, int) for number in numbers):
+                return Problem(id=question, prompt=question, answer={"numbers": numbers, "target": target})
+        raise UserError(f"ground_truth should be [[numbers], target], got {truth!r}")
 
     def _problem(self, numbers: Sequence[int], target: int, tree: Node | None = None) -> Problem:
         prompt = self.prompt_template.replace("{numbers}", " ".join(map(str, numbers)))

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from unveil.registry import UserError
 from unveil.rewards.arithmetic import last_answer
-from unveil.rewards.mathematics import equal_answers, require
+from unveil.rewards.mathematics import equal_answers, require, same_text
 from unveil.tasks.base import Problem, Split, Task, Verdict
 from unveil.tasks.files import choose_rows, read_hub, read_json_lines
 
@@ -29,6 +29,8 @@ _SOFT = re.compile(r"<reasoning>.*?</reasoning>\s*<answer>.*?</answer>", re.DOTA
 @dataclass(kw_only=True)
 class _Maths(Task):
     keys: ClassVar[tuple[str, str]]
+    label: ClassVar[str]
+    """Begins the problems' ids."""
     hub_path: ClassVar[str]
     hub_config: ClassVar[str | None] = None
 
@@ -60,13 +62,15 @@ class _Maths(Task):
         return choose_rows(rows, split, count, seed, path)
 
     def check(self, problem: Problem, completion: str) -> Verdict:
-        r"""The last ``\boxed{}`` or ``<answer>`` is the answer; without either the whole text is, which is then
-        only right where it is nothing but the answer.
+        r"""The last ``\boxed{}`` or ``<answer>`` is the answer, compared by value. Without either, only a text that is
+        nothing but the answer, as written, is right: a comparison by value would find it in any text that ends with it.
 
         ``d1_format`` follows the soft format reward of d1 (arXiv 2504.12216), 0.5 or 0, but lets either block have
         several lines; ``d1_correct`` is its 2 or 0, by value where d1 compares strings.
         """
-        correct = equal_answers(problem.answer["answer"], last_answer(completion))
+        found = last_answer(completion)
+        compare = same_text if found == completion else equal_answers
+        correct = compare(problem.answer["answer"], found)
         return Verdict(
             correct=correct,
             score=float(correct),
@@ -76,6 +80,12 @@ class _Maths(Task):
                 "d1_correct": 2.0 * correct,
             },
         )
+
+    def recorded(self, question: str, truth: Any) -> Problem | None:
+        """``truth`` is the final answer, as text or as a number."""
+        if isinstance(truth, float) and truth.is_integer():
+            truth = int(truth)
+        return None if truth is None else Problem(id=question, prompt=question, answer={"answer": str(truth)})
 
     def _read(self, path: str | None, split: Split) -> list[Problem]:
         found: dict[str, Problem] = {}
@@ -89,7 +99,7 @@ class _Maths(Task):
                 raise UserError(f"{name}:{line}: {error}") from error
             solution = f"<reasoning>\n{self.worked(row)}\n</reasoning>\n<answer>\n\\boxed{{{gold}}}\n</answer>"
             problem = Problem(
-                id=f"{type(self).__name__.lower()}-{split}-{line}",
+                id=f"{self.label}-{split}-{line}",
                 prompt=self.prompt_template.replace("{question}", question),
                 answer={"answer": gold},
                 solution=solution,
@@ -113,6 +123,7 @@ class Gsm8k(_Maths, name="gsm8k"):
     """Grade-school word problems: ``question`` and ``answer``, which ends in ``#### 18``."""
 
     keys = ("question", "answer")
+    label = "gsm8k"
     hub_path = "openai/gsm8k"
     hub_config = "main"
 
@@ -131,6 +142,7 @@ class Math(_Maths, name="math"):
     """MATH and MATH-500: ``problem`` and ``solution`` with the answer boxed; a string ``answer`` goes before it."""
 
     keys = ("problem", "solution")
+    label = "math"
     hub_path = "HuggingFaceH4/MATH-500"
 
     def gold(self, row: dict[str, Any]) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
 from unveil.registry import UserError
 from unveil.rewards.arithmetic import last_answer
@@ -87,6 +88,14 @@ class Sudoku(Task, name="sudoku"):
             score=1.0 if verdict.correct else partial,
             metrics={"well_formed": float(verdict.well_formed), "givens_kept": float(verdict.givens_kept)},
         )
+
+    def recorded(self, question: str, truth: Any) -> Problem | None:
+        """``truth`` is the filled grid; the puzzle stands in the question, all cells in one word."""
+        cells = self.size**2
+        puzzle = re.search(rf"\b[0-{self.size}]{{{cells}}}\b", question)
+        if puzzle is None or "0" not in puzzle[0] or not isinstance(truth, str) or not is_valid_grid(truth, self.size):
+            raise UserError(f"should hold a puzzle of {cells} cells and its solution, got {question!r} and {truth!r}")
+        return Problem(id=question, prompt=question, answer={"puzzle": puzzle[0], "solution": truth})
 
     @cached_property
     def _test_rows(self) -> list[tuple[str, str]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,14 +149,28 @@ def load_state(path: Path, shards: Shards | None = None) -> dict[str, Any]:
             import torch.distributed.checkpoint as dcp
 
             file = path / SHARDS
+            reader = dcp.HuggingFaceStorageReader(str(file))
+            _check_complete(reader, split)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # by one process, as it should be
-                dcp.load(split, storage_reader=dcp.HuggingFaceStorageReader(str(file)), no_dist=shards is None)
+                dcp.load(split, storage_reader=reader, no_dist=shards is None)
         return state
     except FileNotFoundError as error:
         raise UserError(f"{file}: no such file") from error
     except Exception as error:  # torch raises many kinds for a broken archive
         raise UserError(f"{file}: not a readable checkpoint: {type(error).__name__}") from error
+
+
+def _check_complete(reader: Any, wanted: Mapping[str, Tensor]) -> None:
+    """A file that is missing would leave numbers as they were.
+
+    Raises:
+        ValueError: the first tensor of which a part is missing.
+    """
+    found = reader.read_metadata().state_dict_metadata
+    for name, value in wanted.items():
+        if name not in found or sum(chunk.sizes.numel() for chunk in found[name].chunks) != value.numel():
+            raise ValueError(f"a part of {name} is missing")
 
 
 def _mapped(state: Any, change: Callable[[str, Tensor], Tensor], name: str = "") -> Any:

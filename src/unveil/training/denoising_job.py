@@ -90,6 +90,8 @@ class DenoisingJob:
         self.trainer, self.data, self.evaluation, self.log, self.seed = trainer, data, evaluation, log, seed
         assert isinstance(trainer.denoiser, MaskedDenoiser)
         self.denoiser = trainer.denoiser
+        if self.denoiser.spec.corruption == "uniform":
+            raise UserError("model: its noise is random tokens; only networks of masks can be pre-trained")
         self.process = self.denoiser.spec.process()
         if self.denoiser.spec.time_conditioned and data.form != "time":
             raise UserError(f"data.form: should be 'time' for a network that is told the time, got {data.form!r}")

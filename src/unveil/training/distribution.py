@@ -82,6 +82,10 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
+    def agree(self, value: Item) -> Item:
+        """The main rank's value."""
+        return self.gather(value)[0]
+
     def wait(self) -> None:
         """Go on when all ranks have come this far."""
         self.total(0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,12 +36,13 @@ class Adapter:
             import peft
         except ImportError as error:
             raise UserError("model.lora: the extra is not installed (pip install 'unveil[lora]')") from error
-        names = {
-            name.rsplit(".", 1)[-1] for name, module in denoiser.named_modules() if type(module).__name__ == "Linear"
-        }
+        paths = [name for name, module in denoiser.named_modules() if type(module).__name__ == "Linear"]
+        # A place in a list ("to_out.0") is named with its list.
+        names = {re.search(r"[^.]+(\.\d+)*$", path).group() for path in paths}  # type: ignore[union-attr]
         inner = sorted(names - set(denoiser.output_layers))
         targets = inner if settings.targets == "all-linear" else settings.targets
-        missing = sorted(set(targets) - names) if isinstance(targets, list) else []
+        known = {".".join(path.split(".")[place:]) for path in paths for place in range(path.count(".") + 1)}
+        missing = sorted(set(targets) - known) if isinstance(targets, list) else []
         if missing:
             raise UserError(
                 f"model.lora.targets: no linear layer is called {missing[0]!r} (allowed: {', '.join(sorted(names))})"
@@ -56,8 +58,8 @@ class Adapter:
         return self.wrapped.disable_adapter()
 
     def save(self, folder: Path) -> None:
-        """adapter_config.json and adapter_model.safetensors, as peft opens them."""
-        self.wrapped.save_pretrained(str(folder))
+        """In the standard format: that of peft, or for published image pipelines that of diffusers."""
+        self.denoiser.save_adapter(self.wrapped, folder)
 
     def merge(self) -> Denoiser:
         """Fold the adapters into the weights; the denoiser is then an ordinary one again."""

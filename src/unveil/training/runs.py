@@ -19,6 +19,7 @@ from unveil.denoisers.base import Denoiser, MaskedDenoiser
 from unveil.denoisers.continuous import ContinuousDenoiser
 from unveil.denoisers.image import Classes, ImageDenoiser, ImageModel, ImageNetwork, Prompts
 from unveil.denoisers.load import load_denoiser
+from unveil.denoisers.pipelines import PipelineOptions
 from unveil.denoisers.pretrained import Dtype
 from unveil.denoisers.score import ScoreConfig, ScoreDenoiser
 from unveil.denoisers.tokenizer import TextTokenizer
@@ -107,6 +108,8 @@ class BaseModel:
     """Wrap prompts into a published model's chat template."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third more time, a fraction of the memory."""
+    pipeline: PipelineOptions | None = None
+    """How a published image pipeline is used: resolution, embedded guidance, prompt length."""
     lora: LoraSettings | None = None
     """Train low-rank adapters instead of all weights."""
     unmask: UnmaskNetwork | None = None
@@ -201,8 +204,9 @@ def train(recipe: TrainRecipe, run: Path, *, resume: bool = False, progress: Pro
     ranks = Ranks()
     model = recipe.model
     denoiser: Denoiser = load_denoiser(
-        model.path, dtype=model.dtype, chat=model.chat, gradient_checkpointing=model.gradient_checkpointing
-    )
+        model.path, dtype=model.dtype, chat=model.chat, gradient_checkpointing=model.gradient_checkpointing,
+        pipeline=model.pipeline,
+    )  # fmt: skip
     adapter = None
     if recipe.model.lora is not None:
         torch.manual_seed(recipe.seed)  # peft draws its initial weights from the global generator
