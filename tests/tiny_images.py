@@ -115,7 +115,7 @@ def job(
         eval_every=10**6,
         run=folder,
         ranks=Ranks(),
-        keep_reference=config.kl.beta > 0,
+        keep_reference=config.keeps_reference,
     )
     evaluation = PolicyEval(every=10**6, problems=4, decoders={})
     return PolicyJob(trainer, config, evaluation, RunLog(folder, LogConfig(tensorboard=False)), seed=3)

@@ -45,6 +45,15 @@ def read_json_lines(path: str | Path, required_keys: Sequence[str]) -> list[tupl
     return rows
 
 
+def read_text_lines(path: str | Path) -> list[tuple[int, str]]:
+    """Line number (from 1) and text of every line that is not blank, without the spaces around it.
+
+    Raises:
+        UserError: the file is missing, empty or not UTF-8.
+    """
+    return [(number, line.strip()) for number, line in enumerate(_read_lines(path), start=1) if line.strip()]
+
+
 def read_csv(path: str | Path, required_columns: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
     """Line number (from 1, the header's) and fields by column name of every row of a CSV file with a header.
 

@@ -28,10 +28,12 @@ from unveil.denoisers.unmask import UnmaskNetwork
 from unveil.processes.gaussian import Flow, GaussianProcess, Prediction
 from unveil.recipe import dump, to_yaml
 from unveil.registry import UserError
+from unveil.rewards.networks import JudgeShape
 from unveil.seeds import derive_seed, generator
 from unveil.training.checkpoints import write_text
 from unveil.training.denoising_job import DenoisingConfig, DenoisingEval, DenoisingJob
 from unveil.training.distribution import Ranks
+from unveil.training.judge_job import JudgeData, JudgeEval, JudgeJob, fresh_judge
 from unveil.training.log import LogConfig, RunLog
 from unveil.training.lora import Adapter, LoraSettings
 from unveil.training.matching_job import MatchingJob, check_images
@@ -136,6 +138,42 @@ class TrainRecipe:
     """Everything random derives from it."""
 
 
+@dataclass(kw_only=True)
+class JudgeRecipe:
+    """What `unveil pretrain` runs for a network that judges images."""
+
+    judge: JudgeShape
+    """Its kind and shape."""
+    data: JudgeData
+    eval: JudgeEval = field(default_factory=JudgeEval)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    updates: Annotated[int, Field(ge=1)]
+    """Optimiser steps."""
+    seed: int = 0
+    """Everything random derives from it."""
+
+
+def teach(recipe: JudgeRecipe, run: Path, *, resume: bool = False, progress: Progress | None = None) -> bool:
+    """Teach a network to judge images. Returns False if interrupted.
+
+    Raises:
+        UserError: before any work, if something in the recipe or the run folder does not fit.
+    """
+    ranks = Ranks()
+    pupil = fresh_judge(recipe.judge, recipe.data.task, recipe.seed).to(ranks.device)
+    trainer = Trainer(
+        pupil, recipe.optim, recipe.checkpoint, SnapshotConfig(),
+        updates=recipe.updates, eval_every=recipe.eval.every, run=run, ranks=ranks,
+    )  # fmt: skip
+
+    def make(log: RunLog) -> Job:
+        return JudgeJob(trainer, recipe.data, recipe.eval, log, seed=recipe.seed)
+
+    return _run(recipe, "judge", run, trainer, make, resume=resume, progress=progress)
+
+
 def pretrain(recipe: PretrainRecipe, run: Path, *, resume: bool = False, progress: Progress | None = None) -> bool:
     """Train a denoiser on data. Returns False if interrupted.
 
@@ -184,7 +222,7 @@ def train(recipe: TrainRecipe, run: Path, *, resume: bool = False, progress: Pro
     trainer = Trainer(
         denoiser, recipe.optim, recipe.checkpoint, recipe.snapshots,
         updates=recipe.updates, eval_every=recipe.eval.every, run=run, ranks=ranks, adapter=adapter,
-        keep_reference=recipe.policy.kl.beta > 0, shards=shards,
+        keep_reference=recipe.policy.keeps_reference, shards=shards,
     )  # fmt: skip
 
     def make(log: RunLog) -> Job:
@@ -227,7 +265,7 @@ def choose_trained(denoiser: Denoiser, what: Literal["all", "denoiser", "unmask"
 
 
 def _run(
-    recipe: PretrainRecipe | TrainRecipe,
+    recipe: PretrainRecipe | JudgeRecipe | TrainRecipe,
     system: str,
     run: Path,
     trainer: Trainer,
