@@ -193,8 +193,8 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize(
     "family",
     [
-        Task, Sampler, Rule, Action, Cache, Solver, Transform, Schedule, GaussianProcess, Grid, LatentSolver, ImageNetwork,
-        Prompts, TimeDistribution, UnmaskNetwork, ProblemFilter, Shaping, GroupHook, Advantage, Selector, Likelihood,
+        Task, Sampler, Rule, Action, Cache, Solver, Transform, Schedule, GaussianProcess, Grid, LatentSolver,
+        ImageNetwork, Prompts, TimeDistribution, UnmaskNetwork, ProblemFilter, Shaping, GroupHook, Advantage, Selector, Likelihood,
         TokenFilter, Objective, Weighting, Regulariser, Reward, Kernel, Window, Guidance, Medium,
     ],
 )

@@ -206,7 +206,7 @@ def evaluation_table(metrics: Path) -> dict[str, Any] | None:
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for line in lines:
-        if line["kind"] == "eval":
+        if line["kind"] == "eval" and "accuracy" in line:  # a held-out loss has none
             found.setdefault(line["decoder"], {})[line["step"]] = line
     if not found:
         return None

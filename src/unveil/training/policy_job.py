@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -231,7 +232,8 @@ class PolicyJob:
         ]
 
         def drawn(part: slice) -> Any:
-            with self.trainer.using(rollout.drawn_by):
+            precision = self.trainer.autocast() if self.policy.likelihood.replays else nullcontext()
+            with self.trainer.using(rollout.drawn_by), precision:
                 trajectory = sample_problems(
                     self.denoiser, problems[part], sampler or self._sampler(update),
                     response_length=rollout.response_length, seed=derive_seed(self.seed, "rollout", update, *own),
