@@ -124,7 +124,7 @@ class Classifier(JudgeNetwork):
         self.head = nn.Linear(hidden, len(self.names))
 
     def features(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) in [0, 1] -> (B, hidden). Larger images, k times its own size, it sees as means of k x k pixels."""
+        """(B, C, H, W) in [0, 1] -> (B, hidden). Images k times as large are read as means of k x k pixels."""
         times = images.shape[-2] // self.size[0]
         if times > 1:
             images = avg_pool2d(images, times)
