@@ -156,11 +156,12 @@ def two(folder: Path, runs: list[dict[str, Any]]) -> None:
     launch(f"test_distribution.several(sys.argv[2], {runs})", str(folder))
 
 
-def train_lines(folder: Path) -> list[dict[str, Any]]:
+def logged_lines(folder: Path, *kinds: str) -> list[dict[str, Any]]:
+    """What was logged of these kinds."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     # Of a rank's chains with hints alone, so that their mean over ranks is weighted by groups.
     left_out = ("seconds", "inpainted_accuracy")
-    return [{k: v for k, v in line.items() if k not in left_out} for line in lines if line["kind"] == "train"]
+    return [{k: v for k, v in line.items() if k not in left_out} for line in lines if line["kind"] in kinds]
 
 
 def distance(left: Any, right: Any) -> float:
@@ -191,8 +192,8 @@ def check_equal(folder: Path, kind: str, shard: str) -> None:
     assert (two / "checkpoints" / f"update-{UPDATES:06d}" / "shards").is_dir() == (shard != "none")
     models = [load_file(path / "model" / "model.safetensors") for path in (one, two)]
     assert distance(*models) < 1e-5
-    logged = [train_lines(path) for path in (one, two)]
-    assert len(logged[0]) == UPDATES and distance(*logged) < 1e-4  # of everything, and not of rank 0's share
+    logged = [logged_lines(path, "eval", "train") for path in (one, two)]
+    assert len(logged[0]) == UPDATES + 2 and distance(*logged) < 1e-4  # of everything, and not of rank 0's share
 
 
 def test_one_process_needs_no_configuration() -> None:
@@ -258,10 +259,10 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     run(make(tmp_path, "moved", updates=more), tmp_path / "undisturbed")
     whole, undisturbed = tiny.newest(tmp_path / "whole"), tiny.newest(tmp_path / "undisturbed")
     assert whole["update"] == more and tiny.same(whole, tiny.newest(tmp_path / "stopped")) == []
-    assert train_lines(tmp_path / "whole") == train_lines(tmp_path / "stopped")
+    assert logged_lines(tmp_path / "whole", "train") == logged_lines(tmp_path / "stopped", "train")
     for name in ("one-to-two", "two-to-one"):
         assert distance(undisturbed, tiny.newest(tmp_path / name)) < 1e-5
-        assert distance(train_lines(tmp_path / "undisturbed"), train_lines(tmp_path / name)) < 1e-4
+        assert distance(*(logged_lines(tmp_path / run, "train") for run in ("undisturbed", name))) < 1e-4
 
     # A part that is broken or gone is noticed, by one line.
     newest = list_checkpoints(tmp_path / "whole" / "checkpoints")[-1]
