@@ -13,6 +13,7 @@ import torch
 import hostile
 from unveil.cli.main import main
 from unveil.denoisers.load import load_denoiser
+from unveil.denoisers.tokenizer import whole
 from unveil.samplers.trajectory import TokenTrajectory
 
 
@@ -64,7 +65,7 @@ def check(denoiser, trajectory: TokenTrajectory, request: hostile.Request, resul
     """No control token in a prompt but those of the frame, none that is forbidden in an answer."""
     spec = denoiser.spec
     copies = len(result["completions"]) // len(request.prompts)
-    asked = [prompt for prompt in request.prompts for _ in range(copies)]
+    asked = [whole(prompt) for prompt in request.prompts for _ in range(copies)]
     assert [one["prompt"] for one in result["completions"]] == asked, where
     controls = {spec.mask_id, spec.pad_id, *spec.end_ids, *spec.forbidden_ids} - {denoiser.tokenizer.unknown}
     width = trajectory.prompt_ids.shape[1]

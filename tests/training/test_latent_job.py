@@ -31,6 +31,7 @@ from unveil.samplers.guidance import ClassifierFree
 from unveil.samplers.windows import Progressive, RandomSpan, Span
 from unveil.seeds import derive_seed
 from unveil.tasks.evaluate import sample_problems
+from unveil.training.lora import Adapter, LoraSettings
 from unveil.training.outcome import Outcome
 from unveil.training.policy_config import PolicyEval
 from unveil.training.policy_job import PolicyJob
@@ -455,3 +456,20 @@ def test_a_backward_pass_holds_one_micro_batch_however_long_the_chain(tmp_path: 
     job.update(0, optimise)
     assert len(held) == 8 * steps // 4 and len(set(held)) == 1
     assert held[0] < 4 * 2000  # numbers per view: activations and weights of a network of 1,800
+
+
+def test_adapters_alone_learn_and_the_reference_costs_no_copy(tmp_path: Path) -> None:
+    net, plain = tiny.Mlp(), tiny.Mlp()
+    torch.manual_seed(0)
+    adapter = Adapter(net, LoraSettings(rank=2, alpha=4))
+    policy = tiny.policy(kl=MeanSpace(beta=0.1), inner_updates=2)
+    job = tiny.job(tmp_path, policy, net, adapter=adapter, snapshots=SnapshotConfig(old=Following(decay=0.5)))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    metrics = job.update(0, job.trainer.optimise)
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name]) == ("lora_" not in name), name
+    x, t, told = torch.ones(2, *tiny.SHAPE), torch.full((2,), 0.5), net.condition(["a", "b"])
+    with job.trainer.reference():
+        assert torch.equal(net.predict(x, t, told), plain.predict(x, t, told))
+    assert set(job.trainer.snapshots.sets) == {"old"} and metrics["kl"] > 0
+    assert all("lora_" in name for name in job.trainer.snapshots.sets["old"].values)

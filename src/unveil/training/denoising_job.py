@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
@@ -25,6 +26,7 @@ from unveil.tasks.base import Task
 from unveil.tasks.evaluate import evaluate
 from unveil.tasks.files import read_json_lines
 from unveil.training.log import RunLog
+from unveil.training.rollouts import sample_together
 from unveil.training.trainer import Optimise, Trainer
 
 Example = tuple[str, str | list[int]]
@@ -172,6 +174,7 @@ class DenoisingJob:
                     sampler,
                     response_length=self.data.response_length,
                     seed=self.seed,
+                    sample=partial(sample_together, self.trainer),
                 )
             if self.trainer.ranks.main:
                 self.log.metrics("eval", update, {"decoder": name, **result.summary()})

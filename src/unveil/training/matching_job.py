@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from unveil.tasks.base import Split
 from unveil.tasks.evaluate import evaluate
 from unveil.training.denoising_job import DenoisingConfig, DenoisingEval
 from unveil.training.log import RunLog
+from unveil.training.rollouts import sample_together
 from unveil.training.trainer import Optimise, Trainer
 
 _BATCH = 256
@@ -87,7 +89,8 @@ class MatchingJob:
             self.log.metrics("eval", update, {"loss": loss})
         for name, sampler in self.evaluation.decoders.items():
             with self.trainer.evaluated():
-                result = evaluate(self.denoiser, self.task, self.held_out, sampler, seed=self.seed)
+                own = partial(sample_together, self.trainer)
+                result = evaluate(self.denoiser, self.task, self.held_out, sampler, seed=self.seed, sample=own)
             if self.trainer.ranks.main:
                 self.log.metrics("eval", update, {"decoder": name, **result.summary()})
 

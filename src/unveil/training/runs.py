@@ -34,7 +34,7 @@ from unveil.rewards.networks import JudgeShape
 from unveil.seeds import derive_seed, generator
 from unveil.training.checkpoints import write_text
 from unveil.training.denoising_job import DenoisingConfig, DenoisingEval, DenoisingJob
-from unveil.training.distribution import Ranks
+from unveil.training.distribution import RankLost, Ranks
 from unveil.training.judge_job import JudgeData, JudgeEval, JudgeJob, fresh_judge
 from unveil.training.log import LogConfig, RunLog
 from unveil.training.lora import Adapter, LoraSettings
@@ -337,6 +337,10 @@ def _run(
         status = "finished" if finished else "interrupted"
         if finished:
             trainer.save_final()
+    except RuntimeError as error:
+        if trainer.ranks.lost(error):
+            raise RankLost(f"update {trainer.done + 1}: another process of the run is gone: stopped") from error
+        raise
     finally:
         if main:
             log.cost(trainer.cost)
