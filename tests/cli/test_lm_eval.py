@@ -158,6 +158,12 @@ def test_stop_strings() -> None:
     assert _cut("a\n\nb", "\n\n") == "a" and _cut("a", None) == "a" and _cut("ab", ["", "b"]) == "a"
 
 
+def test_a_network_of_scores_has_a_bound_too() -> None:
+    model = UnveilLM(path="sudoku-sedd", check_greedy=False, mc=8)
+    ((bound, greedy),) = model.loglikelihood([asked("loglikelihood", "2 0 1 0 0 0 2 4 4 0 0 1 1 3 0 0", " 2 4 1 3")])
+    assert -math.inf < bound < 0 and greedy is False
+
+
 def test_greedy_is_what_greedy_decoding_gives(model: UnveilLM) -> None:
     net, prompt = model.denoiser, model.denoiser.encode_prompt("a b")
     for size in (1, 3):
@@ -218,5 +224,7 @@ def test_wrong_arguments_are_named(arguments: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         UnveilLM.create_from_arg_string(f"path=countdown-base,{arguments}")
     assert message in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="check_greedy: should be false for this model"):
+        UnveilLM(path="sudoku-sedd")
     with pytest.raises(UserError, match="path is required"):
         UnveilLM.create_from_arg_string("")

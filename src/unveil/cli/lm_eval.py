@@ -65,7 +65,7 @@ class UnveilLM(LM):
         path: str = "",
         *,
         pretrained: str = "",
-        chat: bool | None = None,
+        chat: bool = False,
         dtype: str = "fp32",
         length: int | None = None,
         steps: int | None = None,
@@ -97,7 +97,7 @@ class UnveilLM(LM):
         self.denoiser = open_model(self.path, dtype=dtype, chat=chat)
         if device is not None and (torch.cuda.is_available() or not str(device).startswith("cuda")):
             self.denoiser = self.denoiser.to(device)  # the harness says cuda:0 on machines that have none
-        self.chat, self.length, self.temperature = bool(chat), length, temperature
+        self.chat, self.length, self.temperature = chat, length, temperature
         self.draws, self.check_greedy, self.seed, self.rows = mc, check_greedy, seed, int(batch_size)
         self.decoder: dict[str, Any] = {
             "steps": steps, "block_length": block, "rule": _rule(str(rule)),
@@ -106,6 +106,11 @@ class UnveilLM(LM):
         }  # fmt: skip
         self._sampler(length or (steps or 1) * (block or 1), temperature)  # refuse now what is wrong
         self._cut_prompts = False
+        if check_greedy:
+            try:
+                MaskedSampler(steps=1).check_denoiser(self.denoiser)
+            except UserError as error:
+                raise UserError(f"model_args: check_greedy: should be false for this model: {error}") from error
 
     # ---- the harness's three questions
 
@@ -249,7 +254,11 @@ def main() -> None:
     from lm_eval.__main__ import cli_evaluate
 
     sys.path.append(os.getcwd())  # where a user's `package.module:Class` lives
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except UserError as error:
+        print(f"unveil: error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
