@@ -194,9 +194,8 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
     "family",
     [
         Task, Sampler, Rule, Action, Cache, Solver, Transform, Schedule, GaussianProcess, Grid, LatentSolver,
-        ImageNetwork, Prompts, TimeDistribution, UnmaskNetwork, ProblemFilter, Shaping, GroupHook, Advantage,
-        Selector, Likelihood, TokenFilter, Objective, Weighting, Regulariser, Reward, Kernel, Window, Guidance,
-        Medium,
+        ImageNetwork, Prompts, TimeDistribution, UnmaskNetwork, ProblemFilter, Shaping, GroupHook, Advantage, Selector,
+        Likelihood, TokenFilter, Objective, Weighting, Regulariser, Reward, Kernel, Window, Guidance, Medium,
     ],
 )
 def test_the_table_of_plug_ins_is_complete(family: type[Plugin]) -> None:

@@ -80,7 +80,7 @@ def taught(process: GaussianProcess, prediction: Prediction, times: TimeDistribu
     ids=["flow", "vp", "edm"],
 )
 def test_a_ring_of_eight_bumps(process: Any, prediction: Any, times: Any, grid: Grid, between: float) -> None:
-    """Every bump gets its share, and at most ``between`` lies more than five widths away, under every kernel and solver.
+    """Under every kernel and solver each bump gets its share, and at most ``between`` lies five widths away from all.
 
     The limit on what lies between the bumps is that of so small a network (measured: 2-6 % on a flow or the
     variance-preserving path, 0.4-1.6 % with EDM's preconditioning).

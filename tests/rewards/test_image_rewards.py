@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import io
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
@@ -126,6 +128,13 @@ def test_a_network_that_is_not_there_is_refused_before_any_work(tmp_path: Path) 
         Classifier.open(tmp_path / "broken.safetensors")
 
 
+def test_a_classifier_sees_larger_images_as_means_of_pixels() -> None:
+    judge = Classifier.open("digits-judge")
+    large = noise(5, 1, 24, 24)
+    small = torch.nn.functional.avg_pool2d(large, 3)
+    assert torch.equal(judge(large), judge(small)) and not torch.equal(judge(large), judge(large[..., :8, :8]))
+
+
 def test_gradients_reach_the_pixels() -> None:
     image = noise(1, 1, 8, 8).requires_grad_()
     Classifier.open("digits-reward")(image).log_softmax(-1)[0, 3].backward()
@@ -232,3 +241,14 @@ def test_readers_of_words_score_by_edit_distance() -> None:
         assert ask(reward, [torch.zeros(1, 12, 32)] * 2, [{"text": "CAT"}] * 2) == [1.0, pytest.approx(2 / 3)]
     finally:
         del reward.reader.read
+
+
+def test_the_recipe_of_the_page_is_valid() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "images.md").read_text(encoding="utf-8")
+    blocks = [yaml.safe_load(block) for block in re.findall(r"^```yaml\n(.*?)^```$", page, re.M | re.S)]
+    (bundle,) = [block["reward"] for block in blocks if "class" in block.get("reward", {}).get("parts", {})]
+    found = build(Reward, bundle)
+    images, metadata = [torch.zeros(1, 8, 8)], [{"label": 3, "metrics": {"distance": 2.0}}]
+    answer = found.ask(images, ["3"], metadata, evaluating=True)
+    assert answer.failures() == [] and set(answer.parts) == {"class", "near", "size"}
+    assert answer.total == answer.parts["class"]

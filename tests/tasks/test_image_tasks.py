@@ -202,9 +202,8 @@ def test_mnist_is_read_from_its_table(tmp_path: Path) -> None:
     values = numpy.concatenate([numpy.full((4, 784), 255), numpy.array([[3], [1], [4], [1]])], 1)
     path = tmp_path / "m.csv.gz"
     path.write_bytes(gzip.compress("\n".join(",".join(map(str, row)) for row in values.tolist()).encode()))
-    images, labels = Mnist(file=str(path), size=16).images
-    assert labels.tolist() == [3, 1, 4, 1] and images.shape == (4, 1, 16, 16)
-    assert images[0, 0, 0].eq(0).all() and images[0, 0, 1:-1, 1:-1].eq(1).all(), "a border, then white"
+    images, labels = Mnist(file=str(path), size=14).images
+    assert labels.tolist() == [3, 1, 4, 1] and images.shape == (4, 1, 14, 14) and images.eq(1).all()
     path.write_bytes(gzip.compress(b"1,2\n3,4"))
     with pytest.raises(UserError, match="should have 785 columns"):
         _ = Mnist(file=str(path)).images
@@ -216,7 +215,6 @@ def test_sizes_are_means_of_pixels() -> None:
     images = torch.rand(2, 1, 28, 28)
     assert resized(images, 28) is images
     assert resized(images, 14)[0, 0, 3, 5] == pytest.approx(images[0, 0, 6:8, 10:12].mean().item())
-    assert resized(images, 16)[0, 0, 1, 1] == pytest.approx(images[0, 0, 0:2, 0:2].mean().item())
 
 
 # ---- prompt files

@@ -31,6 +31,7 @@ from unveil.samplers.guidance import ClassifierFree
 from unveil.samplers.windows import Progressive, RandomSpan, Span
 from unveil.seeds import derive_seed
 from unveil.tasks.evaluate import sample_problems
+from unveil.training.lora import Adapter, LoraSettings
 from unveil.training.outcome import Outcome
 from unveil.training.policy_config import PolicyEval
 from unveil.training.policy_job import PolicyJob
@@ -59,7 +60,9 @@ class Spied:
         def optimise(losses: Any) -> dict[str, float]:
             self.job.denoiser.zero_grad()
             for loss in losses:
-                loss().backward()
+                with self.job.trainer.autocast():
+                    value = loss()
+                value.backward()
             named = self.job.denoiser.named_parameters()
             self.gradients.append({name: p.grad.clone() for name, p in named if p.grad is not None})
             with torch.no_grad():
@@ -87,6 +90,10 @@ def test_the_first_ratio_is_one_against_what_was_recorded(
     assert metrics["ratio_mean"] == pytest.approx(1, abs=1e-5) and metrics["ratio_deviation"] < 1e-5
     policy.rollout.batch_size = 1
     job = tiny.job(tmp_path, policy, tiny.Mlp(process, prediction), optim=OptimConfig(microbatch=1))
+    assert Spied(job).update()["ratio_deviation"] == 0.0
+    # In half precision as well: rollout and training compute alike.
+    optim = OptimConfig(microbatch=1, precision="bf16")
+    job = tiny.job(tmp_path, policy, tiny.Mlp(process, prediction), optim=optim)
     assert Spied(job).update()["ratio_deviation"] == 0.0
 
 
@@ -423,3 +430,46 @@ def test_an_evaluation_and_its_records(tmp_path: Path) -> None:
     picture = PIL.Image.open(io.BytesIO(base64.b64decode(sample["image"].partition(",")[2])))
     assert picture.size == (4, 4) and picture.mode == "L"
     assert {"correct", "score", "time", "noisy"} <= chain["steps"][0].keys()
+
+
+@pytest.mark.parametrize("steps", [3, 12])
+def test_a_backward_pass_holds_one_micro_batch_however_long_the_chain(tmp_path: Path, steps: int) -> None:
+    policy = tiny.policy(rollout={"sampler": tiny.sampler(steps=steps)}, kl=MeanSpace(beta=0.1))
+    job = tiny.job(tmp_path, policy, optim=OptimConfig(microbatch=4))
+    held = []
+
+    def optimise(losses: Any) -> dict[str, float]:
+        for loss in losses:
+            kept = 0
+
+            def pack(tensor: Tensor) -> Tensor:
+                nonlocal kept
+                kept += tensor.numel()
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                value = loss()
+            value.backward()
+            held.append(kept)
+        return {}
+
+    job.update(0, optimise)
+    assert len(held) == 8 * steps // 4 and len(set(held)) == 1
+    assert held[0] < 4 * 2000  # numbers per view: activations and weights of a network of 1,800
+
+
+def test_adapters_alone_learn_and_the_reference_costs_no_copy(tmp_path: Path) -> None:
+    net, plain = tiny.Mlp(), tiny.Mlp()
+    torch.manual_seed(0)
+    adapter = Adapter(net, LoraSettings(rank=2, alpha=4))
+    policy = tiny.policy(kl=MeanSpace(beta=0.1), inner_updates=2)
+    job = tiny.job(tmp_path, policy, net, adapter=adapter, snapshots=SnapshotConfig(old=Following(decay=0.5)))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    metrics = job.update(0, job.trainer.optimise)
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name]) == ("lora_" not in name), name
+    x, t, told = torch.ones(2, *tiny.SHAPE), torch.full((2,), 0.5), net.condition(["a", "b"])
+    with job.trainer.reference():
+        assert torch.equal(net.predict(x, t, told), plain.predict(x, t, told))
+    assert set(job.trainer.snapshots.sets) == {"old"} and metrics["kl"] > 0
+    assert all("lora_" in name for name in job.trainer.snapshots.sets["old"].values)

@@ -115,6 +115,8 @@ class Likelihood(Plugin, family="likelihood"):
     per_step: ClassVar[bool] = True
     """True if views belong to steps (a selector chooses which), False if they stand for the whole chain."""
 
+    replays: ClassVar[bool] = False
+    """True if ratios are taken against what the rollout recorded, which then runs in the precision of training."""
     reads_old: ClassVar[frozenset[str]] = frozenset()
     """Fields of `Scores` that `against` reads of the policy that drew the chains, besides the log-probabilities."""
 

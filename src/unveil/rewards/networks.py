@@ -20,7 +20,7 @@ from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, ctc_loss
+from torch.nn.functional import avg_pool2d, cross_entropy, ctc_loss
 
 from unveil.registry import Plugin, UserError, did_you_mean
 
@@ -112,6 +112,7 @@ class Classifier(JudgeNetwork):
         super().__init__(about)
         self.names: list[str] = about["names"]
         channels, height, width = about["shape"]
+        self.size = (height, width)
         layers: list[nn.Module] = []
         for number, out in enumerate(about["channels"]):
             layers += [nn.Conv2d(channels, out, 3, padding=1, stride=1 if number == 0 else 2), nn.GELU()]
@@ -123,7 +124,10 @@ class Classifier(JudgeNetwork):
         self.head = nn.Linear(hidden, len(self.names))
 
     def features(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) in [0, 1] -> (B, hidden)."""
+        """(B, C, H, W) in [0, 1] -> (B, hidden). Images k times as large are read as means of k x k pixels."""
+        times = images.shape[-2] // self.size[0]
+        if times > 1:
+            images = avg_pool2d(images, times)
         return self.body(images * 2 - 1)
 
     def forward(self, images: Tensor) -> Tensor:

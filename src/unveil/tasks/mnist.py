@@ -14,26 +14,25 @@ from typing import Literal
 import numpy
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, pad
+from torch.nn.functional import avg_pool2d
 
 from unveil.registry import UserError
 from unveil.tasks.base import Split
 from unveil.tasks.images import LabelledImages
 
-Size = Literal[28, 14, 16]
+Size = Literal[28, 14]
 
 
 def resized(images: Tensor, size: Size) -> Tensor:
-    """(N, 1, 28, 28) -> (N, 1, size, size): as they are, halved, or with a border of 2 pixels and halved."""
-    if size == 28:
-        return images
-    return avg_pool2d(pad(images, (2, 2, 2, 2)) if size == 16 else images, 2)
+    """(N, 1, 28, 28) -> (N, 1, size, size): as they are, or means of 2 x 2 pixels."""
+    return images if size == 28 else avg_pool2d(images, 2)
 
 
 @dataclass(kw_only=True)
 class _Mnist(LabelledImages):
     size: Size = 28
-    """Pixels along a side; smaller images are means of 2 x 2 pixels."""
+    """Pixels along a side; those of smaller images are means of 2 x 2. The networks that judge look at 14 in any case.
+    """
 
     @property
     def shape(self) -> tuple[int, int, int]:

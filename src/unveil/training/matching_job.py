@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from unveil.tasks.evaluate import evaluate
 from unveil.tasks.images import image_task
 from unveil.training.denoising_job import DenoisingConfig, DenoisingEval
 from unveil.training.log import RunLog
+from unveil.training.rollouts import sample_together
 from unveil.training.trainer import Optimise, Trainer
 
 _BATCH = 256
@@ -50,8 +52,10 @@ class MatchingJob:
         self.trainer, self.data, self.evaluation, self.log, self.seed = trainer, data, evaluation, log, seed
         assert isinstance(trainer.denoiser, ContinuousDenoiser)
         self.denoiser = trainer.denoiser
-        if not data.tasks or data.file is not None:
+        if not data.tasks or data.file is not None or data.text is not None:
             raise UserError("data.tasks: needed for a model of images (a file of texts does not teach it)")
+        if evaluation.loss:
+            raise UserError(f"eval.loss: of models of text alone, got {evaluation.loss}")
         self.sources = [image_task(mixed.task, f"data.tasks.{place}") for place, mixed in enumerate(data.tasks)]
         self.task = self.sources[0] if evaluation.task is None else image_task(evaluation.task, "eval.task")
         for sampler in evaluation.decoders.values():
@@ -84,7 +88,8 @@ class MatchingJob:
             self.log.metrics("eval", update, {"loss": loss})
         for name, sampler in self.evaluation.decoders.items():
             with self.trainer.evaluated():
-                result = evaluate(self.denoiser, self.task, self.held_out, sampler, seed=self.seed)
+                own = partial(sample_together, self.trainer)
+                result = evaluate(self.denoiser, self.task, self.held_out, sampler, seed=self.seed, sample=own)
             if self.trainer.ranks.main:
                 self.log.metrics("eval", update, {"decoder": name, **result.summary()})
 
