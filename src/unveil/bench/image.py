@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from unveil.bench import _clock as clock
 from unveil.bench import _memory as memory
 from unveil.bench._flow_grpo import Plain
 from unveil.denoisers.dit import Dit
@@ -51,6 +51,7 @@ NETWORKS: dict[str, tuple[ImageNetwork, tuple[int, int, int]]] = {
     "dit 16x16": (Dit(patch=2, dim=128, layers=4, heads=4, hidden=512), (3, 16, 16)),
     "unet 16x16": (UNet(channels=24, multipliers=(1, 2)), (3, 16, 16)),
 }
+CPU = torch.device("cpu")
 PROMPTS = ("a", "b", "c", "d")
 LR, NOISE, CLIP = 1e-4, 0.7, 1e-4
 
@@ -139,7 +140,6 @@ class Sides:
 
 
 def run(
-    model: object = None,
     repeats: int = 7,
     seed: int = 0,
     steps: int = 10,
@@ -149,7 +149,6 @@ def run(
     """Measure an update on every network.
 
     Args:
-        model: must be None: the networks are random ones.
         repeats: pairs of turns.
         steps: of a chain.
         group: chains per prompt, of which there are 4.
@@ -159,10 +158,8 @@ def run(
         Plain values for JSON: ``setting``, ``cases`` (one per network), ``ratios`` by name, and ``holds``.
 
     Raises:
-        UserError: a model was given, or a number is too small.
+        UserError: a number is too small.
     """
-    if model is not None:
-        raise UserError("--model: the bench 'image' has networks of its own (allowed: none)")
     for name, number, least in (("repeats", repeats, 1), ("steps", steps, 2), ("group", group, 2)):
         if number < least:
             raise UserError(f"{name}: should be at least {least}, got {number}")
@@ -172,8 +169,7 @@ def run(
         "bench": "image",
         "setting": {
             "device": "cpu", "threads": torch.get_num_threads(), "repeats": repeats, "seed": seed, "steps": steps,
-            "chains": len(PROMPTS) * group, "clock": "CPU time of the process",
-            "memory": memory.method(torch.device("cpu")),
+            "chains": len(PROMPTS) * group, "clock": clock.name(CPU), "memory": memory.method(CPU),
         },
         "cases": cases,
         "ratios": ratios | {f"memory {case['network']}": case["memory_ratio"] for case in cases},
@@ -206,7 +202,7 @@ def _case(name: str, steps: int, group: int, repeats: int, seed: int) -> dict[st
     seconds: dict[str, list[float]] = {"ours": [], "reference": []}
     for _ in range(repeats):
         for side in seconds:
-            seconds[side].append(_seconds(getattr(sides, side)))
+            seconds[side].append(clock.timed(getattr(sides, side), CPU)[0])
     ratios = [ours / plain for ours, plain in zip(seconds["ours"], seconds["reference"], strict=True)]
     peaks = {side: _peak(sides, getattr(sides, side)) for side in seconds}
     longer = Sides(network, shape, 4 * steps, group, seed)
@@ -234,13 +230,7 @@ def _case(name: str, steps: int, group: int, repeats: int, seed: int) -> dict[st
 
 def _peak(sides: Sides, call: Callable[[], None]) -> int:
     held = [*sides.denoiser.state_dict().values(), *sides.other.state_dict().values()]
-    return memory.peak_bytes(call, torch.device("cpu"), held)
-
-
-def _seconds(call: Callable[[], None]) -> float:
-    start = time.process_time()
-    call()
-    return time.process_time() - start
+    return memory.peak_bytes(call, CPU, held)
 
 
 def _verdict(holds: bool) -> str:

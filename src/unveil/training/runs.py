@@ -32,13 +32,14 @@ from unveil.recipe import dump, to_yaml
 from unveil.registry import UserError
 from unveil.rewards.networks import JudgeShape
 from unveil.seeds import derive_seed, generator
+from unveil.tasks.images import image_task
 from unveil.training.checkpoints import write_text
 from unveil.training.denoising_job import DenoisingConfig, DenoisingEval, DenoisingJob
 from unveil.training.distribution import RankLost, Ranks
 from unveil.training.judge_job import JudgeData, JudgeEval, JudgeJob, fresh_judge
 from unveil.training.log import LogConfig, RunLog
 from unveil.training.lora import Adapter, LoraSettings
-from unveil.training.matching_job import MatchingJob, check_images
+from unveil.training.matching_job import MatchingJob
 from unveil.training.policy_config import PolicyConfig, PolicyEval
 from unveil.training.policy_job import PolicyJob
 from unveil.training.sharding import DistributedConfig, Shards
@@ -386,8 +387,7 @@ def _new_denoiser(model: NewModel, data: DenoisingConfig, seed: int) -> Denoiser
 def _new_image_denoiser(model: NewImageModel, data: DenoisingConfig, seed: int) -> ImageDenoiser:
     if not data.tasks:
         raise UserError("data.tasks: needed for a model of images")
-    task: Any = data.tasks[0].task
-    check_images(task, "data.tasks.0")
+    task = image_task(data.tasks[0].task, "data.tasks.0")
     prompts = model.prompts or Classes(names=tuple(task.vocabulary))
     try:
         config = ImageModel(
