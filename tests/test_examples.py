@@ -193,9 +193,9 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize(
     "family",
     [
-        Task, Sampler, Rule, Action, Cache, Solver, Transform, Schedule, GaussianProcess, Grid, LatentSolver, ImageNetwork,
-        Prompts, TimeDistribution, UnmaskNetwork, ProblemFilter, Shaping, GroupHook, Advantage, Selector, Likelihood,
-        TokenFilter, Objective, Weighting, Regulariser, Reward, Kernel, Window, Guidance, Medium,
+        Task, Sampler, Rule, Action, Cache, Solver, Transform, Schedule, GaussianProcess, Grid, LatentSolver,
+        ImageNetwork, Prompts, TimeDistribution, UnmaskNetwork, ProblemFilter, Shaping, GroupHook, Advantage, Selector,
+        Likelihood, TokenFilter, Objective, Weighting, Regulariser, Reward, Kernel, Window, Guidance, Medium,
     ],
 )
 def test_the_table_of_plug_ins_is_complete(family: type[Plugin]) -> None:

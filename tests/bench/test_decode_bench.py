@@ -6,17 +6,20 @@ import io
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
+import published
 import tiny
 from unveil.bench import decode
 from unveil.bench._cached_reference import plain_cached_decode
 from unveil.bench._reference import Workload
 from unveil.cli.main import main
 from unveil.denoisers.base import MaskedDenoiser
+from unveil.denoisers.load import load_denoiser
 from unveil.denoisers.transformer import TransformerConfig
 from unveil.registry import UserError
 from unveil.samplers.caches import Cache, DualCache, PrefixCache
@@ -97,6 +100,20 @@ def test_other_outputs_fail_whatever_the_speed(network: MaskedDenoiser, monkeypa
     monkeypatch.setattr(decode, "SIDES", sides)
     found = decode.run(network, batch=2)
     assert not case(found, "exact")["holds"] and not found["holds"]
+
+
+def test_an_exact_cache_has_to_give_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention block by block: the prefix is exact, and its verdict depends on it."""
+    net = load_denoiser(published.write(tmp_path / "llada2", "llada2"))
+    sides = {name: replace(decode.SIDES[name], twin=None, demand=None) for name in ("reference", "prefix", "dual")}
+    monkeypatch.setattr(decode, "SIDES", sides)
+    found = decode.run(net, batch=2)
+    assert [case["exact"] for case in found["cases"]] == [False, True, False]
+    assert case(found, "prefix")["agreement"] == {"tokens": 1.0, "rows": 1.0} and found["holds"]
+    right = sides["prefix"].decode
+    wrong = replace(sides["prefix"], decode=lambda *given: [row.flip(0) for row in right(*given)])
+    monkeypatch.setitem(decode.SIDES, "prefix", wrong)
+    assert not decode.run(net, batch=2)["holds"]
 
 
 def test_the_result_is_plain_json_and_prints(result: dict) -> None:

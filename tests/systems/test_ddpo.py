@@ -140,3 +140,9 @@ def test_noisy_copies_depend_on_the_chain_alone_and_are_stratified(tmp_path: Pat
     assert (whole.times.view(8, 4) * 4).long().tolist() == [[0, 1, 2, 3]] * 8
     assert not torch.equal(views([5], number=1, count=2).noise, two.noise[:4])
     assert torch.equal(whole.clean[4:8], chains.samples[[1, 1, 1, 1]])
+
+
+@pytest.mark.parametrize(("choices", "gain"), [(Ddpo(), 0.1), (DdpoSf(), 0.1), (Rwr(), 0.01)])
+def test_every_variant_learns(tmp_path: Path, choices: Any, gain: float) -> None:
+    """As the relatives of Flow-GRPO; regression to weighted samples is by far the slowest."""
+    assert tiny.learned(tmp_path, tiny.sampler(steps=8, kernel=Ddim(eta=1.0)), choices) > gain

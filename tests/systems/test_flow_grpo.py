@@ -134,3 +134,9 @@ def test_batch_deviation_and_group_mean(tmp_path: Path) -> None:
     deviation = math.sqrt(float(((final - final.mean()) ** 2).sum()) / 5)
     expected = torch.tensor([-1.0, 0.0, 1.0, -20.0, -10.0, 30.0]) / (deviation + 1e-4)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_relative_learns(tmp_path: Path, name: str) -> None:
+    """Bright and dark images on demand: 25 updates of 64 images of 32 dimensions, the same settings for all."""
+    assert tiny.learned(tmp_path, *variant(name, steps=8)) > 0.1

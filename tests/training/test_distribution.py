@@ -156,11 +156,12 @@ def two(folder: Path, runs: list[dict[str, Any]]) -> None:
     launch(f"test_distribution.several(sys.argv[2], {runs})", str(folder))
 
 
-def train_lines(folder: Path) -> list[dict[str, Any]]:
+def logged_lines(folder: Path, *kinds: str) -> list[dict[str, Any]]:
+    """What was logged of these kinds."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     # Of a rank's chains with hints alone, so that their mean over ranks is weighted by groups.
     left_out = ("seconds", "inpainted_accuracy")
-    return [{k: v for k, v in line.items() if k not in left_out} for line in lines if line["kind"] == "train"]
+    return [{k: v for k, v in line.items() if k not in left_out} for line in lines if line["kind"] in kinds]
 
 
 def distance(left: Any, right: Any) -> float:
@@ -191,8 +192,8 @@ def check_equal(folder: Path, kind: str, shard: str) -> None:
     assert (two / "checkpoints" / f"update-{UPDATES:06d}" / "shards").is_dir() == (shard != "none")
     models = [load_file(path / "model" / "model.safetensors") for path in (one, two)]
     assert distance(*models) < 1e-5
-    logged = [train_lines(path) for path in (one, two)]
-    assert len(logged[0]) == UPDATES and distance(*logged) < 1e-4  # of everything, and not of rank 0's share
+    logged = [logged_lines(path, "eval", "train") for path in (one, two)]
+    assert len(logged[0]) == UPDATES + 2 and distance(*logged) < 1e-4  # of everything, and not of rank 0's share
 
 
 def test_one_process_needs_no_configuration() -> None:
@@ -219,7 +220,8 @@ def test_advantages_do_not_know_where_a_group_lies() -> None:
     count, steps = 12, 5
     active = torch.arange(steps) < torch.randint(1, steps + 1, (count, 1), generator=stream)
     whole = Outcome(
-        group=torch.arange(3).repeat_interleave(4), rewards=torch.rand(count, steps, generator=stream) * active,
+        group=torch.arange(3).repeat_interleave(4), prompt=torch.arange(3).repeat_interleave(4) + 7,
+        rewards=torch.rand(count, steps, generator=stream) * active,
         active=active, known=torch.arange(count) != 7, correct=torch.rand(count, generator=stream) < 0.5,
         score=torch.rand(count, generator=stream).double(), unfinished=torch.zeros(count, dtype=torch.bool),
         parts={"a": torch.rand(count, steps, generator=stream) * active},
@@ -227,7 +229,8 @@ def test_advantages_do_not_know_where_a_group_lies() -> None:
     parts = []
     for rows in (slice(0, 1), slice(1, 6), slice(6, count)):
         width = int(active[rows].sum(1).max())
-        own = {name: getattr(whole, name)[rows] for name in ("group", "known", "correct", "score", "unfinished")}
+        names = ("group", "prompt", "known", "correct", "score", "unfinished")
+        own = {name: getattr(whole, name)[rows] for name in names}
         wide = {name: getattr(whole, name)[rows, :width] for name in ("rewards", "active")}
         parts.append(Outcome(**own, **wide, parts={"a": whole.parts["a"][rows, :width]}))
     joined = join(parts)
@@ -258,10 +261,10 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     run(make(tmp_path, "moved", updates=more), tmp_path / "undisturbed")
     whole, undisturbed = tiny.newest(tmp_path / "whole"), tiny.newest(tmp_path / "undisturbed")
     assert whole["update"] == more and tiny.same(whole, tiny.newest(tmp_path / "stopped")) == []
-    assert train_lines(tmp_path / "whole") == train_lines(tmp_path / "stopped")
+    assert logged_lines(tmp_path / "whole", "train") == logged_lines(tmp_path / "stopped", "train")
     for name in ("one-to-two", "two-to-one"):
         assert distance(undisturbed, tiny.newest(tmp_path / name)) < 1e-5
-        assert distance(train_lines(tmp_path / "undisturbed"), train_lines(tmp_path / name)) < 1e-4
+        assert distance(*(logged_lines(tmp_path / run, "train") for run in ("undisturbed", name))) < 1e-4
 
     # A part that is broken or gone is noticed, by one line.
     newest = list_checkpoints(tmp_path / "whole" / "checkpoints")[-1]

@@ -69,7 +69,7 @@ def test_the_command_teaches_by_the_recipe_s_own_kind(tmp_path: Path, capsys: py
 
 
 def test_a_judge_of_texts_is_refused() -> None:
-    with pytest.raises(UserError, match="'countdown' has texts, a judge needs images"):
+    with pytest.raises(UserError, match="'countdown' has texts, needed are images"):
         teach(build(JudgeRecipe, TINY | {"data": {"task": "countdown"}}), Path("nowhere"))
     with pytest.raises(RecipeError, match=r"judge\.name: .*'reder', did you mean 'reader'"):
         build(JudgeRecipe, TINY | {"judge": "reder"})

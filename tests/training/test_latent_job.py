@@ -20,6 +20,7 @@ import tiny as words
 import tiny_images as tiny
 from unveil.learning.advantages import PromptHistory
 from unveil.learning.latents import TransitionLikelihood
+from unveil.learning.noised import MatchingLikelihood
 from unveil.learning.objectives import Clipped, Reinforce, TokenSum
 from unveil.learning.regularisers import Kl, MeanSpace, Velocity
 from unveil.learning.views import Inner, Scores
@@ -31,6 +32,7 @@ from unveil.samplers.guidance import ClassifierFree
 from unveil.samplers.windows import Progressive, RandomSpan, Span
 from unveil.seeds import derive_seed
 from unveil.tasks.evaluate import sample_problems
+from unveil.training.lora import Adapter, LoraSettings
 from unveil.training.outcome import Outcome
 from unveil.training.policy_config import PolicyEval
 from unveil.training.policy_job import PolicyJob
@@ -59,7 +61,9 @@ class Spied:
         def optimise(losses: Any) -> dict[str, float]:
             self.job.denoiser.zero_grad()
             for loss in losses:
-                loss().backward()
+                with self.job.trainer.autocast():
+                    value = loss()
+                value.backward()
             named = self.job.denoiser.named_parameters()
             self.gradients.append({name: p.grad.clone() for name, p in named if p.grad is not None})
             with torch.no_grad():
@@ -87,6 +91,10 @@ def test_the_first_ratio_is_one_against_what_was_recorded(
     assert metrics["ratio_mean"] == pytest.approx(1, abs=1e-5) and metrics["ratio_deviation"] < 1e-5
     policy.rollout.batch_size = 1
     job = tiny.job(tmp_path, policy, tiny.Mlp(process, prediction), optim=OptimConfig(microbatch=1))
+    assert Spied(job).update()["ratio_deviation"] == 0.0
+    # In half precision as well: rollout and training compute alike.
+    optim = OptimConfig(microbatch=1, precision="bf16")
+    job = tiny.job(tmp_path, policy, tiny.Mlp(process, prediction), optim=optim)
     assert Spied(job).update()["ratio_deviation"] == 0.0
 
 
@@ -345,6 +353,23 @@ def test_several_regularisers_hold_to_several_snapshots(tmp_path: Path) -> None:
     assert metrics["kl"] > 0 and metrics["prox"] > 0
 
 
+def test_regularisers_towards_one_snapshot_share_its_evaluations(tmp_path: Path) -> None:
+    def forwards(**more: Any) -> int:
+        job = tiny.job(tmp_path, tiny.policy(kl=MeanSpace(beta=0.1), regularisers=more))
+        Spied(job).update()
+        return job.trainer.cost.forwards
+
+    assert forwards(far=Velocity(beta=0.1)) == forwards() == 8 * 5 + 2 * 8 * 5
+
+
+def test_a_regulariser_without_its_numbers_is_refused() -> None:
+    with pytest.raises(UserError, match="kl: 'mean_space' reads the mean of a step, which the likelihood 'matching'"):
+        tiny.policy(kl=MeanSpace(beta=0.1), likelihood=MatchingLikelihood())
+    with pytest.raises(UserError, match=r"regularisers\.far: 'velocity' reads the velocity of a step, .* 'trajectory'"):
+        words.policy("mdpo", regularisers={"far": Velocity(beta=0.1)})
+    assert tiny.policy(kl=Velocity(beta=0.1), likelihood=MatchingLikelihood())
+
+
 def test_minibatches_deal_out_all_chains_once(tmp_path: Path) -> None:
     policy = tiny.policy(minibatches=3, inner_updates=2)
     spied = Spied(tiny.job(tmp_path, policy))
@@ -423,3 +448,46 @@ def test_an_evaluation_and_its_records(tmp_path: Path) -> None:
     picture = PIL.Image.open(io.BytesIO(base64.b64decode(sample["image"].partition(",")[2])))
     assert picture.size == (4, 4) and picture.mode == "L"
     assert {"correct", "score", "time", "noisy"} <= chain["steps"][0].keys()
+
+
+@pytest.mark.parametrize("steps", [3, 12])
+def test_a_backward_pass_holds_one_micro_batch_however_long_the_chain(tmp_path: Path, steps: int) -> None:
+    policy = tiny.policy(rollout={"sampler": tiny.sampler(steps=steps)}, kl=MeanSpace(beta=0.1))
+    job = tiny.job(tmp_path, policy, optim=OptimConfig(microbatch=4))
+    held = []
+
+    def optimise(losses: Any) -> dict[str, float]:
+        for loss in losses:
+            kept = 0
+
+            def pack(tensor: Tensor) -> Tensor:
+                nonlocal kept
+                kept += tensor.numel()
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                value = loss()
+            value.backward()
+            held.append(kept)
+        return {}
+
+    job.update(0, optimise)
+    assert len(held) == 8 * steps // 4 and len(set(held)) == 1
+    assert held[0] < 4 * 2000  # numbers per view: activations and weights of a network of 1,800
+
+
+def test_adapters_alone_learn_and_the_reference_costs_no_copy(tmp_path: Path) -> None:
+    net, plain = tiny.Mlp(), tiny.Mlp()
+    torch.manual_seed(0)
+    adapter = Adapter(net, LoraSettings(rank=2, alpha=4))
+    policy = tiny.policy(kl=MeanSpace(beta=0.1), inner_updates=2)
+    job = tiny.job(tmp_path, policy, net, adapter=adapter, snapshots=SnapshotConfig(old=Following(decay=0.5)))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    metrics = job.update(0, job.trainer.optimise)
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name]) == ("lora_" not in name), name
+    x, t, told = torch.ones(2, *tiny.SHAPE), torch.full((2,), 0.5), net.condition(["a", "b"])
+    with job.trainer.reference():
+        assert torch.equal(net.predict(x, t, told), plain.predict(x, t, told))
+    assert set(job.trainer.snapshots.sets) == {"old"} and metrics["kl"] > 0
+    assert all("lora_" in name for name in job.trainer.snapshots.sets["old"].values)

@@ -22,9 +22,9 @@ OPTIONS = ("repeats", "batch", "size", "vocabulary", "device", "dtype")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", metavar="NAME", help="what to measure: decode or rollout")
+    parser.add_argument("name", metavar="NAME", help="what to measure: decode, image or rollout")
     parser.add_argument("--model", metavar="MODEL", help="the network (default: a random one)")
-    parser.add_argument("--repeats", type=int, metavar="N", help="turns of all sides (default: rollout 7, decode 1)")
+    parser.add_argument("--repeats", type=int, metavar="N", help="turns of all sides (default: decode 1, else 7)")
     parser.add_argument("--batch", type=int, metavar="N", help="decode: prompts (default: 8)")
     parser.add_argument("--size", metavar="NAME", help="decode: of the random network, small or 8b (default: small)")
     parser.add_argument("--vocabulary", type=int, metavar="N", help="decode: of the random network (default: 126464)")
@@ -48,15 +48,16 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         if isinstance(value, int) and value < 1:
             raise UserError(f"--{key}: should be at least 1, got {value}")
     set_threads()
+    if args.model is not None and "model" not in taken:
+        raise UserError(f"--model: the bench {args.name!r} has networks of its own")
     if "device" in taken:
         given["device"] = _device(args.device)
-    model = None
     if args.model is not None:
         for key in ("size", "vocabulary"):
             if key in given:
                 raise UserError(f"--{key}: of the random network; leave it or --model out")
-        model = _model(args.model, given.pop("device", None), given.pop("dtype", "fp32"))
-    result: dict[str, Any] = module.run(model=model, **given)
+        given["model"] = _model(args.model, given.pop("device", None), given.pop("dtype", "fp32"))
+    result: dict[str, Any] = module.run(**given)
     console(args).print(module.render(result))
     return int(not result["holds"]), result
 

@@ -17,8 +17,8 @@ from unveil.cli.output import console, duration, interval, table
 from unveil.cli.recipes import find_recipe
 from unveil.registry import UserError
 
-RESUMABLE = ("updates", "eval", "checkpoint", "log")
-"""Keys that a resumed run may change: how long it goes on and how closely it is watched."""
+RESUMABLE = ("updates", "eval", "checkpoint", "log", "distributed")
+"""Keys that a resumed run may change: how long it goes on, how closely it is watched, where it runs."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace, cls: type, program: Callable[..., bool]) -> tu
     if args.resume:
         folder = Path(args.resume)
     else:
-        folder = Path(args.run or f"runs/{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
+        folder = Path(args.run or _agreed(f"runs/{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"))
     status, answer = _fit(args, recipe, program, folder)
     if status == 0 and _is_main():
         answer |= _finish(args, folder)
@@ -78,6 +78,13 @@ def has_key(args: argparse.Namespace, key: str) -> bool:
 
 def _is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
+
+
+def _agreed(name: str) -> str:
+    """The main process's name: the clock may strike between two of them."""
+    from unveil.training.distribution import Ranks
+
+    return Ranks().agree(name)
 
 
 def _recipe(args: argparse.Namespace, cls: type) -> tuple[str, Any]:
@@ -136,6 +143,7 @@ def _fit(
     """Run the program; a new folder that is left without a checkpoint is removed."""
     from unveil.cli.progress import Progress
     from unveil.training.checkpoints import list_checkpoints
+    from unveil.training.distribution import RankLost
     from unveil.training.rewarding import RewardsLost
     from unveil.training.trainer import NumericalError
 
@@ -162,6 +170,11 @@ def _fit(
     except (NumericalError, RewardsLost) as error:
         print(f"unveil: error: {error}", file=sys.stderr)
         return 1, {"run": str(folder), "status": "failed", "error": str(error)}
+    except RankLost as error:
+        command = f"unveil {args.command} --resume {folder}" if tidy() else None
+        after = f"continue with: {command}" if command else "there is no checkpoint yet, nothing to resume"
+        print(f"unveil: error: {error}; {after}", file=sys.stderr)
+        return 1, {"run": str(folder), "status": "failed", "error": str(error), "resume": command}
     except UserError:
         tidy()
         raise
@@ -170,11 +183,16 @@ def _fit(
     if finished:
         return 0, {"run": str(folder), "status": "finished", "model": str(folder / "model")}
     if not tidy():
-        print("unveil: interrupted before the first checkpoint, nothing to resume", file=sys.stderr)
+        _say("unveil: interrupted before the first checkpoint, nothing to resume")
         return 130, {"run": None, "status": "interrupted", "resume": None}
     command = f"unveil {args.command} --resume {folder}"
-    print(f"unveil: interrupted; continue with: {command}", file=sys.stderr)
+    _say(f"unveil: interrupted; continue with: {command}")
     return 130, {"run": str(folder), "status": "interrupted", "resume": command}
+
+
+def _say(line: str) -> None:
+    if _is_main():
+        print(line, file=sys.stderr)
 
 
 def _finish(args: argparse.Namespace, folder: Path) -> dict[str, Any]:

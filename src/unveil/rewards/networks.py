@@ -124,7 +124,7 @@ class Classifier(JudgeNetwork):
         self.head = nn.Linear(hidden, len(self.names))
 
     def features(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) in [0, 1] -> (B, hidden). It sees means of k x k pixels of images k times as large as its own."""
+        """(B, C, H, W) in [0, 1] -> (B, hidden). Images k times as large are read as means of k x k pixels."""
         times = images.shape[-2] // self.size[0]
         if times > 1:
             images = avg_pool2d(images, times)

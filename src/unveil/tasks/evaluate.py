@@ -139,10 +139,14 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 128,
     on_batch: Callable[[int], None] | None = None,
+    sample: Callable[..., Any] | None = None,
 ) -> Evaluation:
-    """Decode every problem once and judge the sample; of text also every step's guess."""
+    """Decode every problem once and judge the sample; of text also every step's guess.
+
+    ``sample`` draws the chains, as `sample_problems` does.
+    """
     medium = medium_of(denoiser)
-    trajectory = sample_problems(
+    trajectory = (sample or sample_problems)(
         denoiser, problems, sampler, response_length=response_length, seed=seed, batch_size=batch_size,
         needs=medium.evaluated, on_batch=on_batch,
     )  # fmt: skip

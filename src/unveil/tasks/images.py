@@ -48,6 +48,17 @@ class ImageTask(Task):
         raise UserError(f"task: {self.name!r} has prompts and no images (allowed: a task with images of its own)")
 
 
+def image_task(task: Task, where: str) -> ImageTask:
+    """The task, which stands at the key ``where``, as one of images.
+
+    Raises:
+        UserError: it is one of texts.
+    """
+    if not isinstance(task, ImageTask):
+        raise UserError(f"{where}: {task.name!r} has texts, needed are images (allowed: a task of images)")
+    return task
+
+
 def stacked(samples: Sequence[Tensor]) -> Tensor:
     """Samples as one float tensor (N, C, H, W) on the CPU; what is no number becomes 0, so that judges never see it."""
     return torch.stack([sample.detach().float().cpu() for sample in samples]).nan_to_num(0.0, 1.0, 0.0).clamp(0, 1)

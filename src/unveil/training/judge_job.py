@@ -12,12 +12,11 @@ from pydantic import Field
 from torch import Tensor
 
 from unveil.denoisers.base import Denoiser
-from unveil.registry import UserError
 from unveil.rewards.networks import JudgeNetwork, JudgeShape
 from unveil.seeds import derive_seed, generator
 from unveil.tasks.base import Split, Task
 from unveil.tasks.evaluate import wilson
-from unveil.tasks.images import ImageTask
+from unveil.tasks.images import image_task
 from unveil.training.log import RunLog
 from unveil.training.trainer import Optimise, Trainer
 
@@ -64,7 +63,7 @@ class JudgeJob:
 
     def __init__(self, trainer: Trainer, data: JudgeData, evaluation: JudgeEval, log: RunLog, *, seed: int) -> None:
         self.trainer, self.data, self.evaluation, self.log, self.seed = trainer, data, evaluation, log, seed
-        self.task = image_task(data.task)
+        self.task = image_task(data.task, "data.task")
         self.network: Any = trainer.denoiser.network
         other: Split = "train" if data.half == "test" else "test"
         self.held_out = self.task.examples(other, evaluation.images, derive_seed(seed, "held out"))
@@ -111,19 +110,9 @@ class JudgeJob:
         return lambda: self.network.loss(own, [prompts[row] for row in rows]) * share
 
 
-def image_task(task: Task) -> ImageTask:
-    """
-    Raises:
-        UserError: it is no task of images.
-    """
-    if not isinstance(task, ImageTask):
-        raise UserError(f"data.task: {task.name!r} has texts, a judge needs images (allowed: a task of images)")
-    return task
-
-
 def fresh_judge(shape: JudgeShape, task: Task, seed: int) -> Pupil:
     """An untaught judge whose weights depend on the seed alone."""
-    found = image_task(task)
+    found = image_task(task, "data.task")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "weights"))
         return Pupil(shape.build(found.shape, found.vocabulary))

@@ -8,7 +8,9 @@ import math
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ from unveil.training.outcome import Outcome, mean_over_ranks
 from unveil.training.policy_config import PolicyConfig, PolicyEval, ProblemFilter
 from unveil.training.records import sample_records, trajectory_records
 from unveil.training.rewarding import Rewarded, RewardsLost, bundle_means, reward_chains
-from unveil.training.rollouts import Rollouts, portions
+from unveil.training.rollouts import Rollouts, portions, sample_together
 from unveil.training.trainer import Optimise, Trainer
 
 SNAPSHOT_KEYS = {"old": "old", "ema": "ema_decay"}
@@ -148,6 +150,7 @@ class PolicyJob:
                     sampler,
                     response_length=length,
                     seed=self.seed,
+                    sample=partial(sample_together, self.trainer),
                 )
                 if not self.trainer.ranks.main:
                     continue
@@ -202,9 +205,10 @@ class PolicyJob:
 
     def _filtered(self, choice: ProblemFilter, epoch: int) -> list[Problem]:
         candidates = self.policy.task.problems("train", choice.pool, derive_seed(self.seed, "pool", epoch))
-        trajectory = sample_problems(
-            self.denoiser, candidates, choice.decoder, response_length=self.policy.rollout.response_length,
-            seed=self.seed, needs={"guesses"}, batch_size=self.policy.rollout.batch_size,
+        rollout = self.policy.rollout
+        trajectory = sample_together(
+            self.trainer, self.denoiser, candidates, choice.decoder, response_length=rollout.response_length,
+            seed=self.seed, needs={"guesses"}, batch_size=rollout.batch_size,
         )  # fmt: skip
         self.trainer.cost.forwards += trajectory.forwards
         keep = choice.keep(judge(self.policy.task, candidates, self.denoiser, trajectory)).tolist()
@@ -231,7 +235,8 @@ class PolicyJob:
         ]
 
         def drawn(part: slice) -> Any:
-            with self.trainer.using(rollout.drawn_by):
+            precision = self.trainer.autocast() if self.policy.likelihood.replays else nullcontext()
+            with self.trainer.using(rollout.drawn_by), precision:
                 trajectory = sample_problems(
                     self.denoiser, problems[part], sampler or self._sampler(update),
                     response_length=rollout.response_length, seed=derive_seed(self.seed, "rollout", update, *own),

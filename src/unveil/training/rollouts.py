@@ -10,11 +10,13 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from unveil.denoisers.base import Denoiser
 from unveil.registry import Plugin
 from unveil.samplers.base import Sampler
 from unveil.samplers.trajectory import concatenate
 from unveil.tasks.base import Problem
-from unveil.tasks.evaluate import Judged
+from unveil.tasks.evaluate import Judged, chain_copies, sample_problems
+from unveil.training.trainer import Trainer
 
 
 @dataclass(kw_only=True)
@@ -186,6 +188,20 @@ def portions(group: Tensor, size: int) -> list[slice]:
         if border > chosen[-1] and after - chosen[-1] > size:
             chosen.append(border)
     return [slice(start, end) for start, end in itertools.pairwise([*chosen, len(group)])]
+
+
+def sample_together(
+    trainer: Trainer, denoiser: Denoiser, problems: Sequence[Problem], sampler: Sampler, **settings: Any
+) -> Any:
+    """`sample_problems` by all ranks, each of which draws its part and gets all; in the precision of training."""
+    ranks = trainer.ranks
+    part = ranks.part(len(problems))
+    with trainer.autocast():
+        if len(problems) < ranks.world:
+            return sample_problems(denoiser, problems, sampler, **settings)
+        copies = chain_copies(problems)[part]
+        own = sample_problems(denoiser, problems[part], sampler, copies=copies, **settings)
+    return concatenate(ranks.gather(own))
 
 
 def _widen(value: Tensor, steps: int) -> Tensor:

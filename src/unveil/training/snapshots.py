@@ -1,8 +1,8 @@
 """Named sets of parameters beside the trained ones, each with a rule by which it follows them.
 
-    reference   the initial policy, or one that is moved every so often, or as soon as the policy has gone too far
-    old         a slow copy, which may draw the rollouts and hold the policy back
-    ema         an exponential moving average, which is evaluated and saved
+reference   the initial policy, or one that is moved every so often, or as soon as the policy has gone too far
+old         a slow copy, which may draw the rollouts and hold the policy back
+ema         an exponential moving average, which is evaluated and saved
 """
 
 from __future__ import annotations

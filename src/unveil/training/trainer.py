@@ -6,6 +6,7 @@ A *job* says what an update is (a policy update, a likelihood update); the train
 from __future__ import annotations
 
 import math
+import os
 import signal
 import sys
 import time
@@ -365,13 +366,18 @@ class Trainer:
         return self.done
 
 
+ECHO = 3.0
+"""Seconds within which torchrun's signal is the terminal's."""
+
+
 class _Interruption:
     """Ctrl-C (or SIGTERM) finishes the update under way, so that the checkpoint is whole; a second Ctrl-C stops at
-    once."""
+    once. ``torchrun`` hands on to its processes what a terminal has sent them already: that is no second one."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.previous: dict[int, Any] = {}
+        self.asked = 0.0
 
     def __enter__(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -385,8 +391,11 @@ class _Interruption:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
         if self.trainer.interrupted:
+            if "TORCHELASTIC_RUN_ID" in os.environ and now - self.asked < ECHO:
+                return
             raise KeyboardInterrupt
-        self.trainer.interrupted = True
+        self.trainer.interrupted, self.asked = True, now
         if self.trainer.ranks.main:
             print("\nstopping after this update (again to stop at once)", file=sys.stderr, flush=True)
