@@ -13,7 +13,7 @@ import unveil
 from unveil import claims, systems
 from unveil.recipe import build, load
 from unveil.samplers.decoding import DecodeRecipe
-from unveil.training.runs import PretrainRecipe, TrainRecipe
+from unveil.training.runs import JudgeRecipe, PretrainRecipe, TrainRecipe
 
 ROOT = Path(unveil.__file__).parent
 FLOORS = [
@@ -152,16 +152,20 @@ def recipe_files() -> list[Path]:
 
 def test_there_are_recipes() -> None:
     folders = {path.parent.name for path in recipe_files()}
-    assert folders >= {"base-countdown", "mdpo"}
-    assert {name for name in folders if not name.startswith("base-")} <= set(system_names())
+    assert folders >= {"base-countdown", "convert", "mdpo"}
+    systems = {name for name in folders if not name.startswith(("base-", "judge-"))}
+    assert systems <= {"convert", *system_names()}
 
 
 @pytest.mark.parametrize("path", recipe_files(), ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_recipe_builds(path: Path) -> None:
-    if path.parent.name.startswith("base-"):
-        build(PretrainRecipe, load(path))
+    if path.parent.name.startswith("judge-"):
+        build(JudgeRecipe, load(path))
         return
     data = load(path)
+    if "data" in data:
+        build(PretrainRecipe, data)
+        return
     if "sampler" in data:  # of a system that trains nothing
         decoding = build(DecodeRecipe, data)
         assert decoding.system == path.parent.name

@@ -18,12 +18,15 @@ import torch
 
 from unveil.cli.main import COMMANDS, parse
 from unveil.cli.recipes import find_recipe
+from unveil.denoisers.image import ImageNetwork, Prompts
 from unveil.denoisers.unmask import UnmaskNetwork
 from unveil.learning.advantages import Advantage
+from unveil.learning.matching import TimeDistribution
 from unveil.learning.objectives import Objective, Weighting
 from unveil.learning.regularisers import Regulariser
 from unveil.learning.selectors import Selector
 from unveil.learning.views import Likelihood, TokenFilter
+from unveil.processes.gaussian import GaussianProcess
 from unveil.processes.kernels import Kernel
 from unveil.recipe import build, load
 from unveil.registry import Plugin, names
@@ -31,7 +34,9 @@ from unveil.rewards.base import Reward
 from unveil.samplers.actions import Action
 from unveil.samplers.base import Sampler
 from unveil.samplers.caches import Cache
+from unveil.samplers.grids import Grid
 from unveil.samplers.guidance import Guidance
+from unveil.samplers.latent_solvers import LatentSolver
 from unveil.samplers.rules import Rule
 from unveil.samplers.schedules import Schedule
 from unveil.samplers.solvers import Solver
@@ -41,7 +46,7 @@ from unveil.tasks.base import Task
 from unveil.tasks.medium import Medium
 from unveil.training.policy_config import ProblemFilter
 from unveil.training.rollouts import GroupHook, Shaping
-from unveil.training.runs import PretrainRecipe, TrainRecipe
+from unveil.training.runs import JudgeRecipe, PretrainRecipe, TrainRecipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("src/unveil/models/*/README.md"))]
@@ -160,7 +165,8 @@ def test_every_command_line_of_the_documentation_is_valid(
     args = parse(words)
     recipe, overrides = [*getattr(args, "words", []), ""][0], getattr(args, "words", [])[1:]
     if args.command in ("train", "pretrain") and recipe and not args.resume and not recipe.endswith(".yaml"):
-        build({"train": TrainRecipe, "pretrain": PretrainRecipe}[args.command], load(find_recipe(recipe), overrides))
+        data = load(find_recipe(recipe), overrides)
+        build(TrainRecipe if args.command == "train" else JudgeRecipe if "judge" in data else PretrainRecipe, data)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -187,9 +193,9 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize(
     "family",
     [
-        Task, Sampler, Rule, Action, Cache, Solver, Transform, Schedule, UnmaskNetwork, ProblemFilter, Shaping,
-        GroupHook, Advantage, Selector, Likelihood, TokenFilter, Objective, Weighting, Regulariser, Reward, Kernel,
-        Window, Guidance, Medium,
+        Task, Sampler, Rule, Action, Cache, Solver, Transform, Schedule, GaussianProcess, Grid, LatentSolver,
+        ImageNetwork, Prompts, TimeDistribution, UnmaskNetwork, ProblemFilter, Shaping, GroupHook, Advantage, Selector,
+        Likelihood, TokenFilter, Objective, Weighting, Regulariser, Reward, Kernel, Window, Guidance, Medium,
     ],
 )
 def test_the_table_of_plug_ins_is_complete(family: type[Plugin]) -> None:
@@ -211,7 +217,7 @@ def table_of_compositions() -> str:
         scored = policy.likelihood.name + (f" + {order.name}" if order else "")
         hooks = [hook.name for hook in (policy.groups, policy.token_filter, policy.shaping) if hook is not None]
         level = policy.objective.level + (", mean" if policy.objective.normalise else "")
-        kl = f"{policy.kl.estimator}, {policy.kl.beta:g}" if policy.kl.beta else "none"
+        kl = f"{getattr(policy.kl, 'estimator', policy.kl.name)}, {policy.kl.beta:g}" if policy.kl.beta else "none"
         steps = policy.selector.name if policy.likelihood.per_step else "-"
         cells = [", ".join(hooks) or "-", policy.advantage.name, steps, scored, level, policy.weighting.name, kl]
         rows.append("| " + " | ".join([path.parent.name, *(f"`{c}`" if c != "-" else c for c in cells)]) + " |")

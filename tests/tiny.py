@@ -214,7 +214,7 @@ def job(
         run=folder,
         ranks=Ranks(),
         adapter=adapter,
-        keep_reference=config.kl.beta > 0,
+        keep_reference=config.keeps_reference,
     )
     evaluation = PolicyEval(every=10**6, problems=4, decoders={})
     return PolicyJob(trainer, config, evaluation, RunLog(folder, LogConfig(tensorboard=False)), seed=3)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from unveil.denoisers.continuous import Condition, ContinuousDenoiser, ContinuousSpec
 from unveil.learning.latents import TransitionLikelihood
+from unveil.learning.objectives import Clipped
+from unveil.learning.regularisers import MeanSpace
 from unveil.learning.selectors import AllSteps
 from unveil.processes.gaussian import Flow, GaussianProcess, Prediction, spread
 from unveil.processes.kernels import FlowSde
@@ -20,6 +22,7 @@ from unveil.seeds import generator
 from unveil.tasks.base import Problem, Split, Task, Verdict
 from unveil.training.distribution import Ranks
 from unveil.training.log import LogConfig, RunLog
+from unveil.training.lora import Adapter
 from unveil.training.policy_config import PolicyConfig, PolicyEval, RolloutConfig
 from unveil.training.policy_job import PolicyJob
 from unveil.training.snapshots import SnapshotConfig
@@ -103,6 +106,7 @@ def job(
     *,
     optim: OptimConfig | None = None,
     snapshots: SnapshotConfig | None = None,
+    adapter: Adapter | None = None,
     updates: int = 6,
     **checkpoints: int,
 ) -> PolicyJob:
@@ -115,7 +119,21 @@ def job(
         eval_every=10**6,
         run=folder,
         ranks=Ranks(),
-        keep_reference=config.kl.beta > 0,
+        adapter=adapter,
+        keep_reference=config.keeps_reference,
     )
     evaluation = PolicyEval(every=10**6, problems=4, decoders={})
     return PolicyJob(trainer, config, evaluation, RunLog(folder, LogConfig(tensorboard=False)), seed=3)
+
+
+def learned(folder: Path, sampler: LatentSampler, choices: Any, updates: int = 25) -> float:
+    """How far the mean reward rises from the first update to the last, without KL and with a clip range for so few
+    dimensions."""
+    own = vars(choices) | {"kl": MeanSpace()}
+    if isinstance(choices.objective, Clipped):
+        own["objective"] = Clipped(clip=0.02, level="step")
+    rollout = RolloutConfig(sampler=sampler, prompts=4, group_size=16)
+    config = PolicyConfig(task=Bright(), reward=Shaped(), rollout=rollout, **own)
+    policy_job = job(folder, config, optim=OptimConfig(lr=2e-2, max_grad_norm=1.0, microbatch=512))
+    rewards = [policy_job.update(update, policy_job.trainer.optimise)["reward"] for update in range(updates)]
+    return rewards[-1] - rewards[0]

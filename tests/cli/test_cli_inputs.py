@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -247,3 +248,27 @@ def test_other_commands_refuse(capsys: pytest.CaptureFixture[str], tmp_path: Pat
 def test_errors_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "nowhere.yaml", "--json"]) == 2
     assert json.loads(capsys.readouterr().out) == {"error": "nowhere.yaml: no such file"}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8:strict", "utf-8:surrogateescape"])
+def test_bytes_that_are_no_text(encoding: str) -> None:
+    """A real process, for only there bytes come in: on the command line, and through a pipe."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": encoding}
+    command = [sys.executable, "-m", "unveil.cli.main", "decode", "countdown-base", "--length", "3", "--json", "--show"]
+    done = subprocess.run([*command, b"--prompt=1 \xff -> 2"], env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.decode())["completions"][0]["prompt"] == "1 \ufffd -> 2"
+    piped = subprocess.run(command, env=environment, capture_output=True, input=b"1 \xff -> 2\n", check=False)
+    if encoding == "utf-8:strict":
+        assert piped.returncode == 2 and piped.stderr == b"unveil: error: stdin: not text in UTF-8\n"
+    else:
+        assert piped.returncode == 0 and json.loads(piped.stdout.decode())
+
+
+def test_a_line_of_prompts_ends_at_a_line_break_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "prompts.txt").write_bytes("1 \u2028 2\x0c3\r\n4 \x1b[31m 5\n".encode())
+    words = ["--prompts", str(tmp_path / "prompts.txt"), "--length", "2", "--show"]
+    assert main(["decode", "countdown-base", *words]) == 0
+    out = capsys.readouterr().out
+    shown = [line.removeprefix("prompt: ") for line in out.split("\n") if line.startswith("prompt: ")]
+    assert shown == ["1 \\u2028 2\\x0c3", "4 \\x1b[31m 5"] and "\x1b" not in out

@@ -247,3 +247,26 @@ def test_guesses_need_not_be_judged(
     assert '"over_denoised": null' in (tmp_path / "x").read_text()
     assert main([*map(str, argv), "--final-only"]) == 0
     assert "over denoised" not in capsys.readouterr().out
+
+
+def test_programs_are_run_and_counted(capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
+    # Whatever the model writes stands in a comment of the first program and breaks the second one.
+    rows = [
+        {
+            "prompt": f"def one(x): return 1{end}", "canonical_solution": "", "entry_point": "one",
+            "test": "def check(one):\n    assert one(2) == 1",
+        }
+        for end in (" # ", "\n+ ")
+    ]  # fmt: skip
+    (tmp_path / "h.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ("eval", model, "--task", "humaneval", f"task.test_file={tmp_path}/h.jsonl", "--final-only")
+    how = ("--lengths", 4, "--temperature", 1, "--problems", 2, "--samples", 3, "--k", "1,3")
+    (line,) = answer(capsys, *argv, *how)["results"]
+    assert [one["value"] for one in line["pass_at_k"]] == [0.5, 0.5] and line["accuracy"] == 0.5
+    row = {"text": "two", "code": "two = 2", "test_list": ["assert two == 2"]}
+    (tmp_path / "m.jsonl").write_text(json.dumps(row))
+    argv = ("--task", "mbpp", f"task.test_file={tmp_path}/m.jsonl", "--lengths", 4, "--problems", 1)
+    (line,) = answer(capsys, "eval", "countdown-base", *argv)["results"]
+    assert line["accuracy"] == 0 and line["ever_correct"] == 0 and line["high"] > 0.5
+    told = answer(capsys, "eval", model, *argv, status=2)
+    assert "do not fit the model's canvas (at most 16 tokens)" in told["error"]

@@ -45,7 +45,7 @@ def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
         load_denoiser(tmp_path)
 
 
-@pytest.mark.parametrize("model_type", ["llama", None])
+@pytest.mark.parametrize("model_type", ["lama", None])
 def test_another_model_type_is_refused(run_folder: Path, model_type: str | None) -> None:
     path = run_folder / "model" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": model_type}))

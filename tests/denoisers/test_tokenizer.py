@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from unveil.denoisers.tokenizer import TextTokenizer
+from unveil.denoisers.tokenizer import TextTokenizer, whole
 
 
 @pytest.fixture
@@ -59,3 +59,9 @@ def test_protection_survives_a_file(tmp_path, words: TextTokenizer) -> None:  # 
 def test_doubled_words_are_refused(given: list[str]) -> None:
     with pytest.raises(ValueError, match="different from one another"):
         TextTokenizer.of_words(given)
+
+
+def test_half_a_surrogate_pair_becomes_the_replacement_character() -> None:
+    assert whole("a\udcffb") == "a\ufffdb" and whole("\ud83d\ude00") == "\U0001f600" and whole("\ud83d") == "\ufffd"
+    words = TextTokenizer.of_words(["a", "\ufffd"])
+    assert words.encode("a \udcff a") == words.encode("a \ufffd a") == [4, 5, 4]

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from unveil.registry import UserError
-from unveil.report.page import POINTS, _bins, _curves, _guess_map, _within_budget, build_page, write_page
+from unveil.report.page import POINTS, _bins, _curves, _step_map, _within_budget, build_page, write_page
 
 DATA = '<script type="application/json" id="data">'
 
@@ -225,14 +225,14 @@ def test_long_curves_are_thinned_and_keep_their_spikes(length: int, spike: int) 
 
 def test_guess_map_averages_columns_and_pads_short_rows() -> None:
     lines = [{"step": step, "guess_accuracy": [step % 2, 0.5][: 1 + (step > 0)]} for step in range(320)]
-    found = _guess_map(lines)
+    found = _step_map(lines, "guess_accuracy")
     assert found is not None
     assert found["from"][:2] == [0, 2]
     assert found["to"][-1] == 319
-    assert found["accuracy"] == [[0.5, 0.5]] * 160
-    alone = _guess_map(lines[:1] + lines[319:])
+    assert found["values"] == [[0.5, 0.5]] * 160
+    alone = _step_map(lines[:1] + lines[319:], "guess_accuracy")
     assert alone is not None
-    assert alone["accuracy"] == [[0, None], [1, 0.5]]
+    assert alone["values"] == [[0, None], [1, 0.5]]
 
 
 def test_budget_prefers_the_ends_and_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from image_run import PROMPTS, STEPS, UPDATES, write_image_run
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
@@ -284,3 +285,60 @@ def test_run_that_has_just_started_has_a_page(chrome: webdriver.Chrome, tmp_path
     assert chrome.get_log("browser") == []
     assert "No held-out evaluation yet." in page.one("#summary").text
     assert len(page.all(".empty")) == 5
+
+
+# ---- images
+
+
+@pytest.fixture(scope="module")
+def image_address(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_page(write_image_run(tmp_path_factory.mktemp("runs") / "bars")).as_uri()
+
+
+@pytest.fixture
+def image_page(chrome: webdriver.Chrome, image_address: str) -> Page:
+    return Page(chrome, image_address)
+
+
+@pytest.mark.parametrize("width", [1280, 420])
+def test_a_run_on_images_draws_without_errors_or_sideways_scrolling(image_page: Page, width: int) -> None:
+    image_page.open(width, "dark")
+    assert image_page.chrome.get_log("browser") == []
+    assert image_page.js("document.documentElement.scrollWidth") <= width
+    assert image_page.js("[...document.images].every((image) => image.complete && image.naturalWidth === 8)")
+    assert not image_page.one("#guesses").is_displayed() and not image_page.one(".legend .token").is_displayed()
+    assert "may be gamed" in image_page.one("#drift").text
+
+
+def test_the_grid_shows_every_prompt_over_training(image_page: Page) -> None:
+    heads = [head.text.splitlines() for head in image_page.all(".grid thead th")[1:]]
+    assert heads[0] == ["base", "0 of 8"] and heads[-1] == ["40", "8 of 8"] and len(heads) == len(UPDATES)
+    rows = image_page.all(".grid tbody tr")
+    assert len(rows) == len(PROMPTS)
+    last = rows[-1].find_elements(By.TAG_NAME, "img")
+    assert [image.get_attribute("class") for image in last] == ["no"] * 5 + ["yes"] * 4
+    assert last[-1].get_attribute("alt") == "7, update 40: right, score 0.5"
+    order = [str(section.get_attribute("id")) for section in image_page.all("main section")]
+    assert order.index("samples") < order.index("denoising"), "samples come first"
+
+
+def test_the_chain_of_an_image_is_walked_step_by_step(image_page: Page) -> None:
+    def shown() -> list[str]:
+        return [str(image.get_attribute("alt")) for image in image_page.all(".panel:first-child .frame img")]
+
+    assert shown() == [f"state of A at step {STEPS}", f"expected image of A at step {STEPS}"], "it begins at the end"
+    image_page.one("#viewer").find_element(By.ID, "back").click()
+    assert shown()[0] == f"state of A at step {STEPS - 1}"
+    assert "drawn with noise" in image_page.one(".panel .hint").text
+    image_page.all(".panel:first-child .film button")[1].click()
+    assert shown()[1] == "expected image of A at step 2" and image_page.one("#step-text").text == f"step 2 of {STEPS}"
+    sources = {str(image.get_attribute("src")) for image in image_page.all(".panel:first-child .film img")}
+    assert len(sources) == 2 * STEPS, "states and expected images of all steps"
+
+
+def test_what_is_measured_along_the_steps_has_a_chart_each(image_page: Page) -> None:
+    titles = [title.text for title in image_page.all("#along-charts h3")]
+    assert titles == ["Distance of the ratio from 1", "Clipped above"]
+    assert len(image_page.all("#along-charts .uplot")) == 2
+    watched = [title.text for title in image_page.all("#watched-charts h3")]
+    assert watched == ["Optimised reward", "Distance", "Diversity"]

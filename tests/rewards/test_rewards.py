@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from unveil.recipe import RecipeError, build, dump
 from unveil.registry import UserError
 from unveil.rewards.base import Correct, Failure, Part, Reward, Shaped, Sum
+from unveil.rewards.images import data_url
 from unveil.rewards.remote import Remote
 from unveil.rewards.trl import Trl
 
@@ -178,6 +180,13 @@ def test_a_server_is_sent_what_the_page_says(server: Server) -> None:
         for part in (slice(0, 2), slice(2, 3))
     ]
     assert server.seen == bodies
+
+
+def test_a_server_is_sent_images_as_pngs(server: Server) -> None:
+    images = [torch.zeros(1, 4, 4), torch.rand(3, 5, 6)]
+    answer = remote(server).ask(images, PROMPTS[:2], METADATA[:2])
+    sent = server.seen[0]["completions"]
+    assert sent == [data_url(image) for image in images] and answer.total == [float(len(one)) for one in sent]
 
 
 @pytest.mark.parametrize("fault", [500, 503, 429, "hangs up"])

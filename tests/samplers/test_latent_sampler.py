@@ -147,6 +147,15 @@ def test_solvers_count_their_evaluations_and_shrink_the_error() -> None:
     assert error["heun"] < error["first"] / 4 and error["2m"] < error["first"]
 
 
+def test_a_solver_starts_anew_behind_a_stochastic_step() -> None:
+    net = tiny.Mlp()
+    window = {"window": Span(start=0, length=3), "steps": 6}
+    second = draw(net, tiny.sampler(solver=DpmSolver2M(), **window))
+    first = draw(net, tiny.sampler(**window))
+    torch.testing.assert_close(second.latents[:, :5], first.latents[:, :5])  # one first-order step behind the window
+    assert (second.latents[:, 5] - first.latents[:, 5]).abs().max() > 1e-4
+
+
 def test_guidance_of_scale_one_is_the_prompt_alone_and_is_counted() -> None:
     net = tiny.Mlp()
     plain, guided = draw(net, tiny.sampler()), draw(net, tiny.sampler(guidance=ClassifierFree(scale=1.0)))

@@ -42,8 +42,8 @@ class Spied:
         self.losses: list[float] = []
         roll, make = self.job._roll, config.likelihood.views
 
-        def rollout(update: int, problems: Any, group: Tensor) -> Rollouts:
-            rollouts = roll(update, problems, group)
+        def rollout(update: int, problems: Any, group: Tensor, **how: Any) -> Rollouts:
+            rollouts = roll(update, problems, group, **how)
             self.problems, self.trajectory = problems, rollouts.trajectory
             return rollouts
 

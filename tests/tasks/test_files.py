@@ -99,3 +99,10 @@ def test_choice_of_rows() -> None:
     assert sorted(choose_rows(rows, "train", 100, 3, "f")) == rows != choose_rows(rows, "train", 100, 3, "f")
     with pytest.raises(UserError, match="f: holds 100 different test problems, 101 were asked for"):
         choose_rows(rows, "test", 101, 0, "f")
+
+
+def test_half_a_surrogate_pair_of_an_escape_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "half.jsonl"
+    path.write_text('{"prompt": "a\\uDC80b", "list": ["\\ud83d\\ude00", "\\ud83d"]}\n')
+    [(_, row)] = read_json_lines(path, ["prompt"])
+    assert row == {"prompt": "a\ufffdb", "list": ["\U0001f600", "\ufffd"]}

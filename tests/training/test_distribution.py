@@ -258,17 +258,19 @@ def test_advantages_do_not_know_where_a_group_lies() -> None:
     count, steps = 12, 5
     active = torch.arange(steps) < torch.randint(1, steps + 1, (count, 1), generator=stream)
     whole = Outcome(
-        group=torch.arange(3).repeat_interleave(4), rewards=torch.rand(count, steps, generator=stream) * active,
+        group=torch.arange(3).repeat_interleave(4), prompt=torch.arange(3).repeat_interleave(4) + 7,
+        rewards=torch.rand(count, steps, generator=stream) * active,
         active=active, known=torch.arange(count) != 7, correct=torch.rand(count, generator=stream) < 0.5,
         score=torch.rand(count, generator=stream).double(), unfinished=torch.zeros(count, dtype=torch.bool),
-        parts={"a": [float(number) for number in range(count)]},
+        parts={"a": torch.rand(count, steps, generator=stream) * active},
     )  # fmt: skip
     parts = []
     for rows in (slice(0, 1), slice(1, 6), slice(6, count)):
         width = int(active[rows].sum(1).max())
-        own = {name: getattr(whole, name)[rows] for name in ("group", "known", "correct", "score", "unfinished")}
+        names = ("group", "prompt", "known", "correct", "score", "unfinished")
+        own = {name: getattr(whole, name)[rows] for name in names}
         wide = {name: getattr(whole, name)[rows, :width] for name in ("rewards", "active")}
-        parts.append(Outcome(**own, **wide, parts={"a": whole.parts["a"][rows]}))
+        parts.append(Outcome(**own, **wide, parts={"a": whole.parts["a"][rows, :width]}))
     joined = join(parts)
     advantages = whole.advantages(GroupAdvantage())
     assert torch.equal(joined.advantages(GroupAdvantage()), advantages) and advantages.abs().sum() > 5

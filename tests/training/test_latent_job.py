@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
+import base64
 import copy
+import io
+import json
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
 import torch
 from torch import Tensor
 
+import tiny as words
 import tiny_images as tiny
+from unveil.learning.advantages import PromptHistory
 from unveil.learning.latents import TransitionLikelihood
-from unveil.learning.objectives import Clipped, TokenSum
+from unveil.learning.noised import MatchingLikelihood
+from unveil.learning.objectives import Clipped, Reinforce, TokenSum
 from unveil.learning.regularisers import Kl, MeanSpace, Velocity
-from unveil.learning.views import Inner
+from unveil.learning.views import Inner, Scores
 from unveil.processes.gaussian import Flow, GaussianProcess, VariancePreserving
 from unveil.processes.kernels import CoefficientsPreserving, Ddim, FlowSde
 from unveil.registry import UserError
 from unveil.samplers.grids import Uniform
 from unveil.samplers.guidance import ClassifierFree
-from unveil.samplers.windows import RandomSpan, Span
-from unveil.training.policy_job import PolicyJob, _advantages
+from unveil.samplers.windows import Progressive, RandomSpan, Span
+from unveil.seeds import derive_seed
+from unveil.tasks.evaluate import sample_problems
+from unveil.training.lora import Adapter, LoraSettings
+from unveil.training.outcome import Outcome
+from unveil.training.policy_config import PolicyEval
+from unveil.training.policy_job import PolicyJob
+from unveil.training.snapshots import Following, SnapshotConfig
 from unveil.training.trainer import OptimConfig
 
 
@@ -46,7 +61,9 @@ class Spied:
         def optimise(losses: Any) -> dict[str, float]:
             self.job.denoiser.zero_grad()
             for loss in losses:
-                loss().backward()
+                with self.job.trainer.autocast():
+                    value = loss()
+                value.backward()
             named = self.job.denoiser.named_parameters()
             self.gradients.append({name: p.grad.clone() for name, p in named if p.grad is not None})
             with torch.no_grad():
@@ -75,13 +92,17 @@ def test_the_first_ratio_is_one_against_what_was_recorded(
     policy.rollout.batch_size = 1
     job = tiny.job(tmp_path, policy, tiny.Mlp(process, prediction), optim=OptimConfig(microbatch=1))
     assert Spied(job).update()["ratio_deviation"] == 0.0
+    # In half precision as well: rollout and training compute alike.
+    optim = OptimConfig(microbatch=1, precision="bf16")
+    job = tiny.job(tmp_path, policy, tiny.Mlp(process, prediction), optim=optim)
+    assert Spied(job).update()["ratio_deviation"] == 0.0
 
 
 def by_hand(spied: Spied, policy: Any, old: tiny.Mlp, beta: float = 0.0, reference: tiny.Mlp | None = None) -> Tensor:
     """The loss of the present weights in float64, by the formulas alone: a flow, Flow-GRPO's kernel, mean over
     dimensions, mean over steps and chains."""
     chains, job = spied.rollouts.trajectory, spied.job
-    advantage = _advantages(policy.advantage, spied.rollouts).double()
+    advantage = Outcome.of(spied.rollouts).advantages(policy.advantage).double()
     noise = policy.rollout.sampler.kernel.noise
 
     def mean(net: tiny.Mlp, x: Tensor, t: float, s: float) -> Tensor:
@@ -215,7 +236,7 @@ def test_score_function_and_importance_sampling_agree_on_the_first_update(tmp_pa
     spied.update()
     chains, net = spied.rollouts.trajectory, spied.job.denoiser
     views = policy.likelihood.views(chains, chains.decided.float(), [], net.spec)
-    advantage = _advantages(policy.advantage, spied.rollouts)[views.rows, views.steps]
+    advantage = Outcome.of(spied.rollouts).advantages(policy.advantage)[views.rows, views.steps]
     net.zero_grad()
     scores = policy.likelihood.score(net, views, policy.rollout.sampler)
     (-(advantage * scores.log_prob[:, 0]).sum() / len(chains)).backward()
@@ -236,8 +257,6 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, changes: Any, message: str
 
 
 def test_a_task_of_another_medium_is_refused(tmp_path: Path) -> None:
-    import tiny as words
-
     with pytest.raises(UserError, match="'tiny_echo' judges samples of kind 'text', the model draws 'image'"):
         tiny.job(tmp_path, tiny.policy(task=words.Echo()))
     with pytest.raises(UserError, match="'tiny_bright' judges samples of kind 'image', the model draws 'text'"):
@@ -251,3 +270,224 @@ def test_a_grid_that_ends_above_zero_leaves_every_step_noisy(tmp_path: Path) -> 
     spied = Spied(tiny.job(tmp_path, tiny.policy(rollout={"sampler": sampler})))
     spied.update()
     assert spied.rollouts.trajectory.noisy.all()
+
+
+@dataclass(kw_only=True)
+class Distance(TransitionLikelihood, name="tiny_distance"):
+    """Minus the squared distance of the velocity from that of the policy that drew the chains."""
+
+    reads_old = frozenset({"velocity"})
+
+    def recorded(self, views: Any, trajectory: Any) -> None:  # type: ignore[override]
+        return None
+
+    def against(self, scores: Scores, old: Scores, views: Any) -> Scores:
+        assert scores.velocity is not None and old.velocity is not None
+        squares = (scores.velocity - old.velocity).square().flatten(1).sum(1)
+        return replace(scores, log_prob=-squares[:, None])
+
+
+def test_rollouts_are_drawn_by_a_snapshot_and_compared_with_it(tmp_path: Path) -> None:
+    policy = tiny.policy(rollout={"drawn_by": "old"}, likelihood=Distance(), objective=Reinforce())
+    snapshots = SnapshotConfig(old=Following(every=2))
+    spied = Spied(tiny.job(tmp_path, policy, snapshots=snapshots))
+    net, trainer = spied.job.denoiser, spied.job.trainer
+    start = copy.deepcopy(net)
+    metrics = spied.update()
+    assert metrics["log_prob"] == 0.0  # the policy is the old one still
+    tiny_shift(net)
+    moved = copy.deepcopy(net)
+    metrics = spied.update()
+    chains = spied.rollouts.trajectory
+    sampler = policy.rollout.sampler
+    by_old = sample_problems(
+        start, spied.rollouts.problems, sampler, seed=derive_seed(3, "rollout", 0), needs={"latents", "times"}
+    )
+    assert torch.equal(chains.latents, by_old.latents)
+    (x, t), condition = views_of(chains).before, views_of(chains).condition
+    with torch.no_grad():
+        far = (moved.predict(x, t, condition) - start.predict(x, t, condition)).square().flatten(1).sum(1)
+    assert metrics["log_prob"] == pytest.approx(-float(far.mean()), rel=1e-4)
+    trainer.snapshots.after_update(2)
+    assert spied.update()["log_prob"] == 0.0
+
+
+def tiny_shift(net: torch.nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.05)
+
+
+def views_of(chains: Any) -> Any:
+    return TransitionLikelihood().views(chains, chains.decided.float(), [], None)  # type: ignore[arg-type]
+
+
+def test_the_ratio_is_against_the_snapshot_that_drew(tmp_path: Path) -> None:
+    policy = tiny.policy(rollout={"drawn_by": "old"})
+    job = tiny.job(tmp_path, policy, snapshots=SnapshotConfig(old=Following()))
+    assert Spied(job).update()["ratio_deviation"] < 1e-6
+    tiny_shift(job.denoiser)
+    assert Spied(job).update()["ratio_deviation"] > 1e-4
+
+
+def test_a_snapshot_that_the_run_does_not_keep_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"policy.rollout.drawn_by: 'old', but .* \(give snapshots.old\)"):
+        tiny.job(tmp_path, tiny.policy(rollout={"drawn_by": "old"}))
+    far = {"far": Velocity(beta=1.0, towards="ema")}
+    with pytest.raises(UserError, match=r"policy.regularisers.far.towards: 'ema', .* \(give snapshots.ema_decay\)"):
+        tiny.job(tmp_path, tiny.policy(regularisers=far))
+    with pytest.raises(UserError, match=r"policy\.minibatches: 9 are more than the chains of a process"):
+        tiny.job(tmp_path, tiny.policy(minibatches=9))
+
+
+def test_several_regularisers_hold_to_several_snapshots(tmp_path: Path) -> None:
+    policy = tiny.policy(
+        kl=MeanSpace(beta=0.1), regularisers={"prox": Velocity(beta=0.5, towards="old"), "off": Velocity()}
+    )
+    job = tiny.job(tmp_path, policy, snapshots=SnapshotConfig(old=Following(decay=0.5)))
+    assert {"kl", "prox"} <= (first := Spied(job).update()).keys() and "off" not in first
+    assert first["kl"] == first["prox"] == 0.0
+    tiny_shift(job.denoiser)
+    job.trainer.snapshots.after_update(1)
+    metrics = Spied(job).update()
+    assert metrics["kl"] > 0 and metrics["prox"] > 0
+
+
+def test_regularisers_towards_one_snapshot_share_its_evaluations(tmp_path: Path) -> None:
+    def forwards(**more: Any) -> int:
+        job = tiny.job(tmp_path, tiny.policy(kl=MeanSpace(beta=0.1), regularisers=more))
+        Spied(job).update()
+        return job.trainer.cost.forwards
+
+    assert forwards(far=Velocity(beta=0.1)) == forwards() == 8 * 5 + 2 * 8 * 5
+
+
+def test_a_regulariser_without_its_numbers_is_refused() -> None:
+    with pytest.raises(UserError, match="kl: 'mean_space' reads the mean of a step, which the likelihood 'matching'"):
+        tiny.policy(kl=MeanSpace(beta=0.1), likelihood=MatchingLikelihood())
+    with pytest.raises(UserError, match=r"regularisers\.far: 'velocity' reads the velocity of a step, .* 'trajectory'"):
+        words.policy("mdpo", regularisers={"far": Velocity(beta=0.1)})
+    assert tiny.policy(kl=Velocity(beta=0.1), likelihood=MatchingLikelihood())
+
+
+def test_minibatches_deal_out_all_chains_once(tmp_path: Path) -> None:
+    policy = tiny.policy(minibatches=3, inner_updates=2)
+    spied = Spied(tiny.job(tmp_path, policy))
+    make, shares = spied.job.steps.batch, []
+
+    def batch(rollouts: Any, *rest: Any, **how: Any) -> Any:
+        shares.append(rollouts.seeds)
+        return make(rollouts, *rest, **how)
+
+    spied.job.steps.batch = batch  # type: ignore[method-assign]
+    metrics = spied.update(shift=0.02)
+    assert [len(share) for share in shares] == [3, 3, 2] and len(spied.gradients) == 6
+    assert sorted(seed for share in shares for seed in share) == sorted(spied.rollouts.seeds)
+    assert metrics["ratio_deviation"] > 0
+    assert len(metrics["steps/ratio_mean"]) == 5
+
+
+def test_what_is_measured_step_by_step_averages_to_the_whole(tmp_path: Path) -> None:
+    sampler = tiny.sampler(window=Span(start=1, length=3))
+    spied = Spied(tiny.job(tmp_path, tiny.policy(rollout={"sampler": sampler}, inner_updates=2)))
+    metrics = spied.update(shift=0.05)
+    for name in ("ratio_mean", "ratio_deviation", "clip_low", "clip_high"):
+        steps = metrics[f"steps/{name}"]
+        assert steps[0] is None and len(steps) == 4
+        assert sum(steps[1:]) / 3 == pytest.approx(metrics[name], abs=1e-6)
+
+
+def test_gated_chains_alone_are_held_back(tmp_path: Path) -> None:
+    spied = Spied(tiny.job(tmp_path, tiny.policy(kl=Velocity(beta=1.0))))
+    spied.update()
+    rollouts = spied.rollouts
+    rollouts.gate = torch.tensor([0.0, 8.0] + [0.0] * 6)
+    active = rollouts.trajectory.active
+    batch = spied.job.steps.batch(rollouts, torch.ones(active.shape), active.float(), Inner(), keep_old=False)
+    assert set(batch.views.rows[batch.kl_weight[:, 0] > 0].tolist()) == {1}
+    assert float(batch.kl_weight.sum()) == pytest.approx(1.0)
+    assert set(rollouts.rows(torch.tensor([1, 2])).gate.tolist()) == {8.0, 0.0}  # type: ignore[union-attr]
+
+
+def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(tmp_path: Path) -> None:
+    def make(run: Path) -> PolicyJob:
+        sampler = tiny.sampler(steps=6, window=Progressive(length=2, every=1), share="prefix")
+        policy = tiny.policy(
+            rollout={"sampler": sampler, "drawn_by": "old"}, advantage=PromptHistory(size=8, least=4), minibatches=2,
+            kl=MeanSpace(beta=0.1),
+        )  # fmt: skip
+        snapshots = SnapshotConfig(old=Following(decay=0.5, rate=0.2), reference_limit=1e-4, ema_decay=0.9)
+        run.mkdir(exist_ok=True)
+        return tiny.job(run, policy, snapshots=snapshots, updates=4, every=2, keep=5)
+
+    whole = make(tmp_path / "whole")
+    assert whole.trainer.fit(whole, whole.log)
+    for name in ("model", "state.pt"):
+        source, to = (tmp_path / run / "checkpoints" / "update-000002" / name for run in ("whole", "split"))
+        to.parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, to)
+    split = make(tmp_path / "split")
+    assert split.trainer.resume(split) == 2
+    assert split.trainer.fit(split, split.log)
+    left, right = (words.newest(tmp_path / run) for run in ("whole", "split"))
+    assert words.same(left, right) == [] and left["job"]["advantage"]["remembered"]
+    moved = left["snapshots"]["rules"]["moved"]
+    assert int(moved) > 0
+
+
+def test_an_evaluation_and_its_records(tmp_path: Path) -> None:
+    job = tiny.job(tmp_path, tiny.policy())
+    job.evaluation = PolicyEval(problems=4, decoders={"ode": tiny.sampler(kernel=Ddim(eta=0.0))}, shown=2)
+    job.evaluate(0)
+    (line,) = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert line["problems"] == 4 and line["forwards"] == 20 and line["latent_scale"] > 0
+    assert "over_denoising" not in line
+    sample = json.loads((tmp_path / "samples.jsonl").read_text().splitlines()[0])
+    chain = json.loads((tmp_path / "trajectories.jsonl").read_text().splitlines()[0])
+    assert len(chain["steps"]) == 5 and chain["steps"][-1]["image"] == chain["steps"][-1]["guess_image"]
+    picture = PIL.Image.open(io.BytesIO(base64.b64decode(sample["image"].partition(",")[2])))
+    assert picture.size == (4, 4) and picture.mode == "L"
+    assert {"correct", "score", "time", "noisy"} <= chain["steps"][0].keys()
+
+
+@pytest.mark.parametrize("steps", [3, 12])
+def test_a_backward_pass_holds_one_micro_batch_however_long_the_chain(tmp_path: Path, steps: int) -> None:
+    policy = tiny.policy(rollout={"sampler": tiny.sampler(steps=steps)}, kl=MeanSpace(beta=0.1))
+    job = tiny.job(tmp_path, policy, optim=OptimConfig(microbatch=4))
+    held = []
+
+    def optimise(losses: Any) -> dict[str, float]:
+        for loss in losses:
+            kept = 0
+
+            def pack(tensor: Tensor) -> Tensor:
+                nonlocal kept
+                kept += tensor.numel()
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                value = loss()
+            value.backward()
+            held.append(kept)
+        return {}
+
+    job.update(0, optimise)
+    assert len(held) == 8 * steps // 4 and len(set(held)) == 1
+    assert held[0] < 4 * 2000  # numbers per view: activations and weights of a network of 1,800
+
+
+def test_adapters_alone_learn_and_the_reference_costs_no_copy(tmp_path: Path) -> None:
+    net, plain = tiny.Mlp(), tiny.Mlp()
+    torch.manual_seed(0)
+    adapter = Adapter(net, LoraSettings(rank=2, alpha=4))
+    policy = tiny.policy(kl=MeanSpace(beta=0.1), inner_updates=2)
+    job = tiny.job(tmp_path, policy, net, adapter=adapter, snapshots=SnapshotConfig(old=Following(decay=0.5)))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    metrics = job.update(0, job.trainer.optimise)
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name]) == ("lora_" not in name), name
+    x, t, told = torch.ones(2, *tiny.SHAPE), torch.full((2,), 0.5), net.condition(["a", "b"])
+    with job.trainer.reference():
+        assert torch.equal(net.predict(x, t, told), plain.predict(x, t, told))
+    assert set(job.trainer.snapshots.sets) == {"old"} and metrics["kl"] > 0
+    assert all("lora_" in name for name in job.trainer.snapshots.sets["old"].values)

@@ -15,17 +15,17 @@ from unveil.denoisers.image import ImageDenoiser
 from unveil.denoisers.load import load_denoiser
 from unveil.recipe import build
 from unveil.registry import UserError
-from unveil.tasks.base import Problem, Task, Verdict
+from unveil.tasks.base import Problem, Verdict
+from unveil.tasks.images import ImageTask
 from unveil.training.runs import PretrainRecipe, pretrain
 
 
 @dataclass(kw_only=True)
-class Halves(Task, name="test_halves"):
+class Halves(ImageTask, name="test_halves"):
     """Images (1, 4, 4) that are light on the side that the prompt names."""
 
-    medium = "image"
     shape = (1, 4, 4)
-    vocabulary = ("left", "right")
+    vocabulary = ["left", "right"]  # noqa: RUF012
 
     def examples(self, split: str, count: int, seed: int) -> tuple[list[str], Tensor]:
         right = torch.rand(count, generator=torch.Generator().manual_seed(seed)) < 0.5
@@ -101,7 +101,7 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": {"tasks": [{"task": "countdown"}]}}, "data.tasks.0: 'countdown' is a task of kind 'text'"),
+        ({"data": {"tasks": [{"task": "countdown"}]}}, "data.tasks.0: 'countdown' has texts, needed are images"),
         ({"data": {"tasks": []}}, "data.tasks: needed for a model of images"),
         ({"model": {"image": {"network": {"name": "dit", "patch": 3}}}}, "model.image.network.patch: 3 does not"),
         ({"model": {"image": {"network": "unet", "prediction": "edm"}}}, "model.image.prediction: .*'edm' is not"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,18 @@ import torch
 
 import tiny
 from unveil.cli.recipes import find_recipe
-from unveil.learning.advantages import GroupAdvantage
+from unveil.learning.advantages import GroupAdvantage, Mixed, terminal
 from unveil.recipe import build, load, to_yaml
+from unveil.registry import UserError
 from unveil.rewards.base import Correct, Metadata, Part, Reward, Shaped, Sum
+from unveil.rewards.images import JpegSize
 from unveil.rewards.trl import Trl
+from unveil.systems.unmasking_policies import Speed
 from unveil.tasks.medium import Text
 from unveil.training.outcome import Outcome
 from unveil.training.policy_job import PolicyJob
 from unveil.training.rewarding import RewardsLost, reward_chains
-from unveil.training.rollouts import Rollouts
+from unveil.training.rollouts import Rollouts, portions
 from unveil.training.runs import TrainRecipe, train
 
 
@@ -91,7 +95,7 @@ def test_a_chain_without_a_score_is_no_member_of_its_group(tmp_path: Path, syste
     rollouts = rolled(job)
     known = rollouts.known
     assert 2 <= known.sum() < 16
-    advantages = Outcome.of(rollouts).advantages(job.policy.advantage)
+    advantages = Outcome.of(rollouts).advantages(job.policy.advantage, job.policy.reward.part_weights)
     assert not advantages[~known].any()
     rows = known.nonzero().flatten()
     alone = job.policy.advantage.advantages(
@@ -170,3 +174,119 @@ def test_group_advantages_of_one_known_chain_are_zero(tmp_path: Path) -> None:
     rollouts.known[5] = True
     assert not Outcome.of(rollouts).advantages(GroupAdvantage()).any()
     assert reward_chains(Correct(), rollouts.problems, rollouts.judged, rollouts.trajectory, Text()).known.all()
+
+
+# ---- parts apart
+
+
+def bundle() -> Sum:
+    """A solved problem, the number of words, and what only watches or only evaluates."""
+    return Sum(
+        parts={
+            "right": Part(reward=Correct(), weight=2.0),
+            "words": Part(reward=Words(other="d"), weight=-0.5),
+            "watched": Part(reward=Shaped(), role="audit"),
+            "late": Part(reward=Shaped(), role="evaluate", weight=9.0),
+        }
+    )
+
+
+def test_normalise_then_sum_is_the_weighted_sum_of_the_parts_own_advantages(tmp_path: Path) -> None:
+    job = tiny.job(tmp_path, tiny.policy("diffu_grpo", reward=bundle(), advantage=Mixed(of=GroupAdvantage())))
+    rollouts = rolled(job)
+    assert set(rollouts.parts) == {"right", "words", "watched"}
+    final = terminal(rollouts.parts["words"], rollouts.trajectory.active)
+    applies = ~final.isnan()
+    assert 4 <= applies.sum() < 16, "some chains have no number of words"
+    active, group = rollouts.trajectory.active, rollouts.group
+    want = 2 * GroupAdvantage().advantages(rollouts.parts["right"], active, group)
+    alone = GroupAdvantage().advantages(rollouts.parts["words"][applies], active[applies], group[applies])
+    want[applies] -= 0.5 * alone
+    found = Outcome.of(rollouts).advantages(job.policy.advantage, job.policy.reward.part_weights)
+    assert torch.allclose(found, want, atol=1e-6) and found.any()
+    summed = Outcome.of(rollouts).advantages(GroupAdvantage())
+    assert not torch.allclose(found, summed, atol=1e-2), "summing first is another thing"
+    assert job.update(0, job.trainer.optimise)["advantage_abs"] > 0
+
+
+def test_rows_and_joined_rollouts_keep_their_parts(tmp_path: Path) -> None:
+    rollouts = rolled(tiny.job(tmp_path, tiny.policy("mdpo", reward=bundle())))
+    index = torch.tensor([3, 0, 9])
+    again = rollouts.rows(index).extend(rollouts.rows(torch.tensor([1])))
+    for name, own in rollouts.parts.items():
+        assert torch.equal(again.parts[name].nan_to_num(-7), own[torch.tensor([3, 0, 9, 1])].nan_to_num(-7))
+
+
+def test_mixing_needs_a_sum_of_whole_samples(tmp_path: Path) -> None:
+    for changes, said in (
+        ({"reward": Correct(), "advantage": Mixed()}, "advantage: 'mixed' mixes the parts of a sum of rewards, and"),
+        ({"reward": bundle(), "advantage": Mixed(), "shaping": Speed(alpha=1.0)}, "shaping: it changes the sum"),
+    ):
+        with pytest.raises(UserError, match=said):
+            tiny.policy("diffu_grpo", **changes)
+    with pytest.raises(UserError, match="of: 'mixed' cannot be asked about every part"):
+        Mixed(of=Mixed())
+
+
+def test_a_reward_of_another_medium_is_refused() -> None:
+    with pytest.raises(UserError, match="reward: 'jpeg' scores images, and the task's samples are texts"):
+        tiny.policy("diffu_grpo", reward=JpegSize())
+
+
+def test_evaluations_ask_a_bundle_about_everything(tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path, "diffu_grpo", 1, policy={"reward": bundle()})
+    train(recipe, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    evals, (update,) = [one for one in lines if one["kind"] == "eval"], [one for one in lines if one["kind"] == "train"]
+    assert {"reward/right", "reward/words", "reward/watched"} <= set(update) and "reward/late" not in update
+    for line in evals:
+        assert line["reward/right"] == line["accuracy"] and line["reward/late"] == pytest.approx(line["score"])
+        assert line["reward/watched"] == line["reward/late"] and line["reward"] is not None
+
+
+# ---- beside the next rollout
+
+
+@dataclass(kw_only=True)
+class Threads(Words, name="tiny_threads"):
+    """`Words`, which also notes the thread that it is asked in and how much has been drawn by then."""
+
+    threads: list[str] = field(default_factory=list)
+
+    def scores(self, completions: list[str], prompts: list[str], metadata: list[Metadata]) -> list[Any]:
+        self.threads.append(threading.current_thread().name)
+        return super().scores(completions, prompts, metadata)
+
+
+@pytest.mark.parametrize("system", ["mdpo", "diffu_grpo"])
+def test_scoring_beside_the_next_rollout_changes_no_number(tmp_path: Path, system: str) -> None:
+    found = []
+    for beside in (False, True):
+        config = tiny.policy(system, reward=Threads(broken="b"))
+        config.rollout.score_beside, config.rollout.batch_size = beside, 8
+        job = tiny.job(tmp_path / str(beside), config, tiny.denoiser())
+        found.append((rolled(job), job.update(1, job.trainer.optimise), job.denoiser.state_dict()))
+        names = set(config.reward.threads)  # type: ignore[attr-defined]
+        assert (threading.main_thread().name in names) is not beside
+        assert len(config.reward.threads) == (4 if beside else 2)  # type: ignore[attr-defined]
+    (one, said, weights), (two, also, others) = found
+    assert torch.equal(one.rewards, two.rewards) and torch.equal(one.known, two.known) and one.seeds == two.seeds
+    assert torch.equal(one.trajectory.response_ids, two.trajectory.response_ids)
+    assert said["reward"] == also["reward"] and said["reward_failures"] == also["reward_failures"] > 0
+    # Prompts are padded to the longest of their portion, so that sums run in another order.
+    assert max((weights[name] - others[name]).abs().max() for name in weights) < 1e-6
+
+
+def test_a_reward_that_fails_beside_is_counted(tmp_path: Path) -> None:
+    config = tiny.policy("diffu_grpo", reward=Down(up=[1]))
+    config.rollout.score_beside, config.rollout.batch_size = True, 8
+    job = tiny.job(tmp_path, config)
+    metrics = job.update(0, job.trainer.optimise)
+    assert metrics["unrewarded"] == 0.5 and metrics["reward_failures"] > 0
+
+
+def test_portions_are_whole_groups() -> None:
+    group = torch.arange(5).repeat_interleave(4)
+    assert portions(group, 8) == [slice(0, 8), slice(8, 16), slice(16, 20)]
+    assert portions(group, 3) == [slice(at, at + 4) for at in range(0, 20, 4)]
+    assert portions(group, 100) == [slice(0, 20)] and portions(torch.zeros(3), 2) == [slice(0, 3)]

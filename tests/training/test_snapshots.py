@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import tiny
-from unveil.training.snapshots import Snapshot, SnapshotConfig, Snapshots
+from unveil.training.snapshots import Following, Snapshot, SnapshotConfig, Snapshots
 
 
 def values(module: nn.Module) -> dict[str, Tensor]:
@@ -76,6 +76,55 @@ def test_average_and_reference_follow_their_formulas() -> None:
         for name in live:
             torch.testing.assert_close(snapshots.sets["ema"].values[name], average[name])
             torch.testing.assert_close(snapshots.sets["reference"].values[name], reference[name])
+
+
+@pytest.mark.parametrize(
+    ("following", "decays"),
+    [
+        (Following(), [0.0] * 6),
+        (Following(decay=0.9), [0.9] * 6),
+        (Following(decay=0.5, rate=0.2), [0.2, 0.4, 0.5, 0.5, 0.5, 0.5]),
+        (Following(decay=0.999, rate=0.3, after=2), [0.0, 0.0, 0.3, 0.6, 0.9, 0.999]),
+        (Following(decay=0.7, after=1), [0.0, 0.7, 0.7, 0.7, 0.7, 0.7]),
+    ],
+)
+def test_a_copy_follows_by_its_schedule(following: Following, decays: list[float]) -> None:
+    assert [following.decay_at(update) for update in range(1, 7)] == pytest.approx(decays)
+    net = tiny.denoiser()
+    snapshots, old = Snapshots(net, SnapshotConfig(old=following), keep_reference=False), values(net)
+    for update, decay in enumerate(decays, start=1):
+        tiny.shifted(net, seed=update)
+        snapshots.after_update(update)
+        old = {name: decay * old[name] + (1 - decay) * value for name, value in values(net).items()}
+        for name, value in snapshots.sets["old"].values.items():
+            torch.testing.assert_close(value, old[name])
+
+
+def test_a_copy_of_every_third_update() -> None:
+    net = tiny.denoiser()
+    snapshots = Snapshots(net, SnapshotConfig(old=Following(every=3)), keep_reference=False)
+    kept = values(net)
+    for update in range(1, 8):
+        tiny.shifted(net, seed=update)
+        snapshots.after_update(update)
+        kept = values(net) if update in (3, 6) else kept
+        assert tiny.same(snapshots.sets["old"].state_dict(), kept) == []
+
+
+def test_the_reference_moves_when_the_policy_has_gone_too_far_and_counts_anew() -> None:
+    net = tiny.denoiser()
+    config = SnapshotConfig(reference_sync=4, reference_mix=1.0, reference_limit=0.1)
+    snapshots = Snapshots(net, config, keep_reference=True)
+    moved = []
+    for update, kl in enumerate([0.0, 0.2, 0.1, None, 0.0, 0.0, 0.0, 0.0, 0.3], start=1):
+        tiny.shifted(net, seed=update)
+        said = snapshots.after_update(update, kl)
+        moved.append(update) if said["reference_moved"] else None
+        assert (tiny.same(snapshots.sets["reference"].state_dict(), values(net)) == []) == (update in moved)
+    assert moved == [2, 6, 9]
+    other = Snapshots(net, config, keep_reference=True)
+    other.load_state_dict(snapshots.state_dict())
+    assert other.moved == 9
 
 
 def test_without_sync_the_reference_is_the_initial_policy() -> None:

@@ -12,7 +12,10 @@ from unveil.denoisers.base import MaskedDenoiser
 from unveil.denoisers.tokenizer import TextTokenizer
 from unveil.denoisers.transformer import TransformerConfig, TransformerDenoiser
 from unveil.registry import UserError
-from unveil.seeds import generator
+from unveil.seeds import derive_seed, generator
+
+CPU = torch.device("cpu")
+SMALL = TransformerConfig(dim=128, layers=4, heads=4, hidden=256, context_length=128)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,15 +50,29 @@ class Workload:
         return cls(prompts=prompts, lengths=lengths)
 
 
-def random_network(vocabulary: int, seed: int) -> TransformerDenoiser:
-    """128 wide, 4 layers, a canvas of 128 tokens, random weights; a few times sharper than freshly initialised."""
+def random_network(
+    vocabulary: int,
+    seed: int,
+    shape: TransformerConfig = SMALL,
+    device: torch.device = CPU,
+    dtype: torch.dtype = torch.float32,
+    sharpness: float = 20.0,
+) -> TransformerDenoiser:
+    """A network with random weights whose head is ``sharpness`` times wider than freshly initialised.
+
+    Fresh weights answer almost uniformly; a wider head spreads the confidences as training does.
+    """
     tokenizer = TextTokenizer.of_words([f"w{index}" for index in range(vocabulary - 4)])
-    config = TransformerConfig(dim=128, layers=4, heads=4, hidden=256, context_length=128)
-    denoiser = TransformerDenoiser(config, tokenizer)
-    denoiser.initialise(generator(seed, "bench network"))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            denoiser = TransformerDenoiser(shape, tokenizer)
+    finally:
+        torch.set_default_dtype(before)
+    denoiser.initialise(torch.Generator(device).manual_seed(derive_seed(seed, "bench network")))
     with torch.no_grad():
-        # Fresh weights answer almost uniformly; a wider head spreads the confidences as training does.
-        denoiser.unembedding.weight.mul_(20)
+        denoiser.unembedding.weight.mul_(sharpness)
     return denoiser
 
 

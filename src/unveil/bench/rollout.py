@@ -12,7 +12,6 @@ that; a GPU that waits for launches gains almost eight.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from unveil.bench import _clock as clock
 from unveil.bench import _memory as memory
 from unveil.bench._reference import Workload, plain_decode, random_network
 from unveil.denoisers.base import MaskedDenoiser
@@ -39,7 +39,7 @@ VOCABULARIES = (204, 32_768)
 def run(
     model: MaskedDenoiser | None = None,
     batch_sizes: Sequence[int] = (1, 8),
-    repeats: int = 5,
+    repeats: int = 7,
     seed: int = 0,
     positions: int = 512,
 ) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def run(
             "threads": torch.get_num_threads(),
             "repeats": repeats,
             "seed": seed,
-            "clock": "wall clock" if device.type == "cuda" else "CPU time of the process",
+            "clock": clock.name(device),
             "memory": memory.method(device),
         },
         "cases": cases,
@@ -177,9 +177,9 @@ def _decoding_case(denoiser: MaskedDenoiser, batch: int, repeats: int, seed: int
     network: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repeats):
         for name, decode in sides.items():
-            seconds[name].append(_seconds(decode, denoiser.device))
+            seconds[name].append(clock.timed(decode, denoiser.device)[0])
         for name in sides:
-            network[name].append(_seconds(calls[name].replay, denoiser.device))
+            network[name].append(clock.timed(calls[name].replay, denoiser.device)[0])
     for name in sides:
         report[name]["samples_per_second"] = batch / median(seconds[name])
     ratios, alone = (
@@ -205,18 +205,6 @@ def _decoding_case(denoiser: MaskedDenoiser, batch: int, repeats: int, seed: int
         "demand": demand,
         "holds": identical and (demand is None or median(ratios) >= demand),
     }
-
-
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    if device.type != "cuda":
-        start = time.process_time()
-        call()
-        return time.process_time() - start
-    torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    call()
-    torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def _verdict(holds: bool) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from unveil.denoisers.base import MaskedDenoiser
+from unveil.denoisers.base import Denoiser
 from unveil.training.denoising_job import DenoisingConfig, DenoisingEval, DenoisingJob
 from unveil.training.distribution import Ranks
 from unveil.training.log import LogConfig, RunLog
@@ -61,7 +61,7 @@ def _alone(function: Callable[..., Measured], job: tuple) -> Measured:
 
 
 def train_to(
-    denoiser: MaskedDenoiser,
+    denoiser: Denoiser,
     data: DenoisingConfig,
     folder: Path,
     *,
@@ -90,7 +90,7 @@ def train_to(
 
 
 def train_steps(
-    denoiser: MaskedDenoiser,
+    denoiser: Denoiser,
     data: DenoisingConfig,
     folder: Path,
     *,
@@ -122,7 +122,7 @@ def train_steps(
 
 
 def train_policy(
-    denoiser: MaskedDenoiser,
+    denoiser: Denoiser,
     policy: PolicyConfig,
     folder: Path,
     *,
@@ -133,6 +133,7 @@ def train_policy(
     points: int = 20,
     microbatch: int = 512,
     weight_decay: float = 0.0,
+    snapshots: SnapshotConfig | None = None,
     **optim: Any,
 ) -> Measured:
     """Improve a policy and follow what ``measure(job)`` finds before, at up to ``points`` moments, and after.
@@ -146,7 +147,7 @@ def train_policy(
     every = max(1, updates // points)
     trainer = _trainer(
         denoiser, lr=lr, updates=updates, folder=folder, every=every, microbatch=microbatch, weight_decay=weight_decay,
-        keep_reference=policy.kl.beta > 0, **optim,
+        keep_reference=policy.keeps_reference, snapshots=snapshots, **optim,
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     log = RunLog(folder, LogConfig(tensorboard=False))
@@ -168,7 +169,7 @@ def _cost(trainer: Trainer) -> Measured:
 
 
 def _trainer(
-    denoiser: MaskedDenoiser,
+    denoiser: Denoiser,
     *,
     lr: float,
     updates: int,
@@ -177,6 +178,7 @@ def _trainer(
     microbatch: int = 512,
     weight_decay: float = 0.0,
     keep_reference: bool = False,
+    snapshots: SnapshotConfig | None = None,
     **optim: Any,
 ) -> Trainer:
     settings: dict[str, Any] = {"lr": lr, "max_grad_norm": 1.0, "microbatch": microbatch, "weight_decay": weight_decay}
@@ -184,7 +186,7 @@ def _trainer(
         denoiser,
         OptimConfig(**(settings | optim)),
         CheckpointConfig(every=NEVER, keep=1),
-        SnapshotConfig(),
+        snapshots or SnapshotConfig(),
         updates=updates,
         eval_every=every,
         run=folder,

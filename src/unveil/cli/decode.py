@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unveil.cli.models import add_model_options
-from unveil.cli.output import console
+from unveil.cli.output import console, one_line
 from unveil.registry import UserError
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ OPTIONS = {
 
 def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     from unveil.cli.models import open_model
+    from unveil.denoisers.tokenizer import whole
     from unveil.samplers.canvas import Canvas
     from unveil.samplers.text import response_texts
     from unveil.seeds import derive_seed
@@ -102,7 +103,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     if args.trajectory is not None:
         _check_target(Path(args.trajectory))
     recipe = _recipe(args)
-    prompts = _prompts(args, recipe)
+    prompts = [whole(prompt) for prompt in _prompts(args, recipe)]
     denoiser = open_model(args.model, dtype=args.dtype, chat=args.chat)
     tokens = []
     for row, prompt in enumerate(prompts):
@@ -129,7 +130,7 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         if args.show:
             _show(args, denoiser, trajectory, place, prompts[copies[place]])
         if not args.json:
-            print(text.replace("\n", "\\n"))
+            print(one_line(text))
     taken = trajectory.active.sum(1).tolist()
     holes = ((trajectory.response_ids == trajectory.mask_id) & trajectory.response_valid).sum(1).tolist()
     completions = [
@@ -195,7 +196,10 @@ def _prompts(args: argparse.Namespace, recipe: DecodeRecipe | None) -> list[str]
     if args.prompts is None:
         if sys.stdin.isatty():
             raise UserError("--prompt: required, but missing (or --prompts FILE, or lines on stdin)")
-        return _plain_lines(sys.stdin.read(), "stdin")
+        try:
+            return _plain_lines(sys.stdin.read(), "stdin")
+        except UnicodeDecodeError as error:
+            raise UserError(f"stdin: not text in {sys.stdin.encoding.upper()}") from error
     from unveil.tasks.files import read_json_lines
 
     path = Path(args.prompts)
@@ -211,8 +215,8 @@ def _prompts(args: argparse.Namespace, recipe: DecodeRecipe | None) -> list[str]
 
 
 def _plain_lines(text: str, source: str) -> list[str]:
-    lines = text.rstrip().splitlines()
-    if not lines:
+    lines = [line.removesuffix("\r") for line in text.rstrip().split("\n")]
+    if not text.strip():
         raise UserError(f"{source}: no prompts")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -296,7 +300,7 @@ def _show(
     from unveil.tasks.medium import medium_of
 
     out = console(args)
-    out.print(f"prompt: {prompt}")
+    out.print(f"prompt: {one_line(prompt)}")
     width = int(trajectory.response_valid[row].sum())
     first = trajectory.states[row, 0, :width].tolist() if trajectory.states is not None and trajectory.steps else []
     before = denoiser.tokenizer.tokens(first)

@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--schedule", metavar="NAME[:field=value,...]", help="tokens per step (default: even)")
     parser.add_argument("--transform", metavar="NAME[:field=value,...]", help="of scores before the rule: eoser")
+    parser.add_argument("--cache", metavar="NAME[:field=value,...]", help="keys and values that steps take over")
     parser.add_argument("--temperature", type=_list_of(float), default=[0.0], metavar="T,...", help="default: 0")
     parser.add_argument("--problems", type=int, default=512, metavar="N", help="how many (default: 512)")
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="completions per problem (default: 1)")
@@ -218,7 +219,7 @@ def _open(args: argparse.Namespace, task: Task, problems: Sequence[Problem], cel
         "split": args.split, "seed": args.seed, "problems": len(problems),
         "prompts": derive_seed(*((problem.id, problem.prompt, problem.answer) for problem in problems)),
         "samples": args.samples, "batch": args.batch, "final_only": args.final_only,
-        "schedule": args.schedule, "transform": args.transform,
+        "schedule": args.schedule, "transform": args.transform, "cache": args.cache,
         "decoders": [cell.settings() for cell in cells],
     }  # fmt: skip
     expected = [(problem.id, sample) for problem in problems for sample in range(args.samples)]

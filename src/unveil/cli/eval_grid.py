@@ -44,6 +44,7 @@ def grid(args: argparse.Namespace, lengths: Sequence[int]) -> list[Cell]:
     """
     from unveil.cli.decoders import plugin, sampler
     from unveil.cli.decoders import rule as named
+    from unveil.samplers.caches import Cache
     from unveil.samplers.schedules import Schedule
     from unveil.samplers.transforms import Transform
 
@@ -53,11 +54,13 @@ def grid(args: argparse.Namespace, lengths: Sequence[int]) -> list[Cell]:
         "rule": "--rules",
         "schedule": "--schedule",
         "transform": "--transform",
+        "cache": "--cache",
         "temperature": "--temperature",
     }
     shared = {
         "schedule": None if args.schedule is None else plugin(args.schedule, "--schedule", Schedule),
         "transform": None if args.transform is None else plugin(args.transform, "--transform", Transform),
+        "cache": None if args.cache is None else plugin(args.cache, "--cache", Cache),
     }
     rules = [rule.strip() for group in args.rules or ["lcr"] for rule in group.split(";") if rule.strip()]
     problems: dict[str, None] = {}

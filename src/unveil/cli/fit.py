@@ -64,6 +64,18 @@ def run(args: argparse.Namespace, cls: type, program: Callable[..., bool]) -> tu
     return status, answer
 
 
+def has_key(args: argparse.Namespace, key: str) -> bool:
+    """Whether the recipe has a part of that name; False where no recipe can be read: `run` then says what is wrong."""
+    from unveil.recipe import load
+
+    names = [word for word in args.words if "=" not in word]
+    try:
+        path = Path(args.resume) / "recipe.yaml" if args.resume else find_recipe(names[0]) if names else None
+        return path is not None and key in load(path)
+    except UserError:
+        return False
+
+
 def _is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
@@ -212,7 +224,7 @@ def evaluation_table(metrics: Path) -> dict[str, Any] | None:
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for line in lines:
-        if line["kind"] == "eval":
+        if line["kind"] == "eval" and "accuracy" in line:  # a held-out loss has none
             found.setdefault(line["decoder"], {})[line["step"]] = line
     if not found:
         return None

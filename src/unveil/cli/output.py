@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -42,7 +43,17 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Seq
 def print_json(answer: dict[str, Any]) -> None:
     """One line of JSON on stdout; nan and infinities, which JSON does not have, become null."""
     finite = json.loads(json.dumps(answer, default=str), parse_constant=lambda _: None)
-    print(json.dumps(finite, ensure_ascii=False), flush=True)
+    line = json.dumps(finite, ensure_ascii=False)
+    try:
+        line.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which a file's name may hold
+        line = json.dumps(finite)
+    print(line, flush=True)
+
+
+def one_line(text: str) -> str:
+    """The text with line breaks and control characters, which a terminal would obey, written as escapes."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: repr(found[0])[1:-1], text)
 
 
 def interval(share: float, low: float, high: float) -> str:

@@ -15,6 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
-    from unveil.training.runs import PretrainRecipe, pretrain
+    from unveil.training.runs import JudgeRecipe, PretrainRecipe, pretrain, teach
 
+    if fit.has_key(args, "judge"):
+        return fit.run(args, JudgeRecipe, teach)
     return fit.run(args, PretrainRecipe, pretrain)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ PUBLISHED = {
     "diffusion_gemma": "diffusion_gemma:DiffusionGemmaDenoiser",
 }
 """Adapter of each model_type in a published config.json."""
+CONVERTED = "decoders:DecoderDenoiser"
+"""Adapter of the models that `convert` made, whose model_type is that of the autoregressive one."""
 PIPELINES = {
     "StableDiffusionPipeline": "stable_diffusion:StableDiffusion",
     "StableDiffusionXLPipeline": "stable_diffusion:StableDiffusionXl",
@@ -130,7 +133,7 @@ def load_denoiser(
         if gradient_checkpointing:
             denoiser.checkpoint_gradients()
     else:
-        adapter = _adapter(model_type, folder)
+        adapter = _adapter(config, model_type, folder)
         denoiser = adapter.from_pretrained(
             folder, dtype=dtype, chat=chat, gradient_checkpointing=gradient_checkpointing
         )
@@ -151,11 +154,22 @@ def load_masked(name_or_path: str | Path, *, dtype: Dtype = "fp32", chat: bool =
     return denoiser
 
 
-def _adapter(model_type: object, folder: Path) -> type[PretrainedDenoiser]:
-    if model_type not in PUBLISHED:
-        hint = did_you_mean(str(model_type), [*KINDS, *PUBLISHED])
-        raise UserError(f"{folder / 'config.json'}: model_type {model_type!r} cannot be opened{hint}")
-    return _found(PUBLISHED[str(model_type)], f"{folder}: a model of type {model_type!r}", "transformers", "hf")
+def _adapter(config: Mapping[str, Any], model_type: object, folder: Path) -> type[PretrainedDenoiser]:
+    adapter = PUBLISHED.get(str(model_type))
+    if config.get("is_causal") is False and "mask_token_id" in config:
+        adapter = adapter or CONVERTED
+    if adapter is None:
+        where = f"{folder / 'config.json'}: model_type {model_type!r}"
+        if importlib.util.find_spec("transformers") is not None and model_type in _decoders():
+            raise UserError(f"{where}: an autoregressive model (`unveil pretrain convert` makes a masked one of it)")
+        raise UserError(f"{where} cannot be opened{did_you_mean(str(model_type), [*KINDS, *PUBLISHED])}")
+    return _found(adapter, f"{folder}: a model of type {model_type!r}", "transformers", "hf")
+
+
+def _decoders() -> Collection[str]:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 def _pipeline(folder: Path) -> type[PipelineDenoiser]:

@@ -29,7 +29,7 @@ Dtype = Literal["fp32", "bf16"]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|role_end|>", "<|endoftext|>")
 """Tokens that end an answer beside the end-of-sequence token, where the vocabulary has them."""
-MASKS = ("<|mask|>", "<|mdm_mask|>")
+MASKS = ("<|mask|>", "<|mdm_mask|>", "<|MASK|>")
 """The mask's written forms, for folders in which nothing says which token it is."""
 NO_SETTINGS = ("auto_map", "architectures", "torch_dtype", "dtype", "transformers_version")
 """Keys of config.json that say nothing of the network's shape."""
@@ -207,20 +207,30 @@ class PretrainedDenoiser(MaskedDenoiser):
         if dtype not in DTYPES:
             raise UserError(f"dtype: {dtype!r} is not known (allowed: {', '.join(DTYPES)})")
         published = PublishedFolder(folder)
-        text = _read_tokenizer(cls.tokenizer_folder(folder), cls.tokenizer_class)
-        try:
-            with _empty_weights(DTYPES[dtype]):
-                network = cls.build(published.config)
-        except UserError as error:
-            raise UserError(f"{folder / 'config.json'}: {error}") from error
-        except Exception as error:  # a configuration may break the library's constructors in any way
-            raise UserError(f"{folder / 'config.json'}: {_first_line(error)}") from error
+        text = read_tokenizer(cls.tokenizer_folder(folder), cls.tokenizer_class)
+        network = cls.built(published, dtype)
         denoiser = cls(network, published, text, chat=chat)
         published.pair(network, denoiser.names)
         published.load(network, denoiser.names)
         if gradient_checkpointing:
             denoiser.checkpoint_gradients()
         return denoiser.eval()
+
+    @classmethod
+    def built(cls, published: PublishedFolder, dtype: Dtype) -> nn.Module:
+        """The network of a folder, its weights not yet read.
+
+        Raises:
+            UserError: the configuration is one that this adapter does not know.
+        """
+        where = published.folder / "config.json"
+        try:
+            with empty_weights(DTYPES[dtype]):
+                return cls.build(published.config)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+        except Exception as error:  # a configuration may break the library's constructors in any way
+            raise UserError(f"{where}: {first_line(error)}") from error
 
     @classmethod
     @abstractmethod
@@ -354,7 +364,7 @@ class _Frame:
                 for content in (marker, f"  {marker}  ")
             )
         except Exception as error:  # templates are programs
-            raise UserError(f"{folder}: the chat template cannot be used: {_first_line(error)}") from error
+            raise UserError(f"{folder}: the chat template cannot be used: {first_line(error)}") from error
         if written.count(marker) != 1:
             raise UserError(f"{folder}: the chat template does not write the prompt exactly once")
         before, after = written.split(marker)
@@ -368,7 +378,7 @@ class _Frame:
         return [*self.before, *ids, *self.after]
 
 
-def _read_tokenizer(folder: Path, fallback: str) -> Any:
+def read_tokenizer(folder: Path, fallback: str) -> Any:
     """The tokenizer of a folder, by the ecosystem's own loader; never by code in the folder."""
     import transformers
 
@@ -382,14 +392,14 @@ def _read_tokenizer(folder: Path, fallback: str) -> Any:
     try:
         text = getattr(transformers, name).from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{folder}: not a readable tokenizer: {_first_line(error)}") from error
+        raise UserError(f"{folder}: not a readable tokenizer: {first_line(error)}") from error
     text.backend_tokenizer.no_truncation()
     text.backend_tokenizer.no_padding()
     return text
 
 
 @contextmanager
-def _empty_weights(dtype: torch.dtype) -> Iterator[None]:
+def empty_weights(dtype: torch.dtype) -> Iterator[None]:
     """Modules made inside have weights of ``dtype`` that nobody has set: no time and no memory is spent on them."""
     from transformers.initialization import no_init_weights
 
@@ -413,5 +423,5 @@ def _first(*given: int | None) -> int | None:
     return next((index for index in given if index is not None), None)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip() or repr(error)).splitlines()[0]

@@ -12,6 +12,16 @@ from unveil.registry import UserError
 MASK, PAD, END, UNKNOWN = "<mask>", "<pad>", "<end>", "<unk>"
 
 
+def whole(text: str) -> str:
+    """The text with every half of a surrogate pair, which no encoding has, as U+FFFD: bytes of a command line that are
+    no UTF-8, escapes of a JSON file."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
 class TextTokenizer:
     """A thin, picklable face of one ``tokenizers.Tokenizer``."""
 
@@ -70,7 +80,7 @@ class TextTokenizer:
         """Ids of plain text. Special tokens written inside the text never become controls: a prompt that says
         <mask> must not open a hole in the canvas. Sub-word tokenizers spell them out; a word tokenizer, which knows
         them only as whole words, reads them as unknown, or leaves them out if it has no token for that."""
-        ids = self.backend.encode(text, add_special_tokens=False).ids
+        ids = self.backend.encode(whole(text), add_special_tokens=False).ids
         if not self._special.intersection(ids):
             return ids
         replacement = [] if self.unknown is None else [self.unknown]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -9,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from unveil.registry import Plugin
+from unveil.registry import Plugin, UserError
 
 EPSILON = 1e-4
 """Added to the standard deviation of a group."""
@@ -22,6 +23,8 @@ class Advantage(Plugin, family="advantage"):
     """True if the reward of every step's guess is needed, not only that of the finished response."""
     per_step: ClassVar[bool] = False
     """True if the steps of a chain differ in their advantages."""
+    reads_parts: ClassVar[bool] = False
+    """True if it wants the parts of a sum of rewards apart: `mix` is then asked instead of `advantages`."""
     by_prompt: ClassVar[bool] = False
     """True if chains belong together by their prompt: equal prompts have equal ids, at every update of every run."""
 
@@ -32,6 +35,16 @@ class Advantage(Plugin, family="advantage"):
             rewards: (B, S) reward of the guess at each step; the last active column is the finished response's.
             active: (B, S) True where a step happened.
             group: (B,) integer prompt ids; statistics are taken over equal ids, whatever the order of the rows.
+        """
+        raise NotImplementedError
+
+    def mix(self, parts: Mapping[str, Tensor], weights: Mapping[str, float], active: Tensor, group: Tensor) -> Tensor:
+        """Advantages (B, S) from the rewards of every part by itself.
+
+        Args:
+            parts: (B, S) per part, as ``rewards`` above; nan where a part does not apply to a chain.
+            weights: of the parts that are optimised.
+            active, group: as above.
         """
         raise NotImplementedError
 
@@ -127,6 +140,36 @@ class RewardWeights(Advantage, name="reward_weights"):
             above, at = final > border, final == border
             weight = (above + at * (chosen - above.sum()) / at.sum()) * len(final) / chosen
         return weight.float()[:, None] * active
+
+
+@dataclass(kw_only=True)
+class Mixed(Advantage, name="mixed"):
+    """Normalise, then sum: each part of a sum of rewards becomes an advantage by itself, and these are added with the
+    parts' weights. A reward of large spread then no longer drowns the others (MixGRPO, 2507.21802; GDPO)."""
+
+    reads_parts = True
+
+    of: Advantage = field(default_factory=GroupAdvantage)
+    """How a part becomes an advantage."""
+    rescale: bool = False
+    """Divide by the deviation over all chains of the batch, as GDPO does, so that the scale does not grow with the
+    number of parts."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.of, GroupAdvantage):
+            raise UserError(f"of: {self.of.name!r} cannot be asked about every part by itself (allowed: group)")
+
+    def mix(self, parts: Mapping[str, Tensor], weights: Mapping[str, float], active: Tensor, group: Tensor) -> Tensor:
+        mixed = torch.zeros(active.shape)
+        for name, weight in weights.items():
+            applies = ~parts[name].isnan().any(1)
+            if applies.any():
+                own = self.of.advantages(parts[name][applies], active[applies], group[applies])
+                mixed[applies] += weight * own
+        if self.rescale:
+            final = terminal(mixed, active)
+            mixed = (mixed - final.mean()) / (final.std() + EPSILON) * active if len(final) > 1 else mixed
+        return mixed
 
 
 def terminal(rewards: Tensor, active: Tensor) -> Tensor:

@@ -8,9 +8,10 @@ log-probability is the one that was recorded, and a ratio is 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ class StepViews(Views):
     Attributes:
         trajectory: the chains, with ``latents`` and ``times``.
     """
+
+    steps_are_units: ClassVar[bool] = True
 
     trajectory: LatentTrajectory
 
@@ -57,10 +60,18 @@ class StepViews(Views):
 class TransitionLikelihood(Likelihood, name="transition"):
     """log p(x_s | x_t) of the steps that the sampler `latent` drew with noise."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"latents", "times", "log_prob"})  # type: ignore[misc]
+    gives: ClassVar[frozenset[str]] = frozenset({"mean", "std", "velocity"})
+    replays: ClassVar[bool] = True
+    form: Literal["density", "squares"] = "density"
+    """``squares``: -|x_s - mean|^2 alone, 2 std^2 times the log-density but for a constant (CPS's code): noisy steps
+    weigh more."""
     reduce: Reduce = "mean"
     """``mean`` over dimensions, as most code has it: a ratio is then the true one to the power 1/D, and clip ranges and
     KL weights are small accordingly. ``sum``: the log-density itself."""
+
+    def __post_init__(self) -> None:
+        needs = frozenset({"latents", "times", "log_prob"})
+        self.needs = needs if self.form == "density" else needs | {"stds"}
 
     def check_fits(self, sampler: Sampler, denoiser: ContinuousDenoiser) -> None:
         if not isinstance(sampler, LatentSampler):
@@ -84,17 +95,30 @@ class TransitionLikelihood(Likelihood, name="transition"):
 
     def recorded(self, views: StepViews, trajectory: LatentTrajectory) -> Tensor:
         assert trajectory.log_prob is not None
-        value = trajectory.log_prob[views.rows, views.steps, None]
-        return value / trajectory.samples[0].numel() if self.reduce == "mean" else value
+        value, dimensions = trajectory.log_prob[views.rows, views.steps], trajectory.samples[0].numel()
+        if self.reduce == "mean":
+            value, dimensions = value / dimensions, 1
+        if self.form == "squares":
+            assert trajectory.stds is not None
+            value = _squares(value, trajectory.stds[views.rows, views.steps], dimensions)
+        return value[:, None]
 
     def score(self, denoiser: ContinuousDenoiser, views: StepViews, sampler: LatentSampler) -> Scores:
         device = denoiser.device
         (x, t), (after, s) = views.before, views.after
         gaussian, guess = sampler.transition(denoiser, x.to(device), t, s, views.condition.to(device))
+        log_prob = gaussian.log_prob(after.to(device), self.reduce)
+        if self.form == "squares":
+            log_prob = _squares(log_prob, gaussian.std.to(device), 1 if self.reduce == "mean" else x[0].numel())
         return Scores(
-            log_prob=gaussian.log_prob(after.to(device), self.reduce)[:, None],
+            log_prob=log_prob[:, None],
             forwards=len(views) * sampler.guidance.evaluations,
             mean=gaussian.mean,
             std=gaussian.std,
             velocity=denoiser.spec.process.velocity(guess, t),
         )
+
+
+def _squares(log_prob: Tensor, std: Tensor, dimensions: int) -> Tensor:
+    """-|x - mean|^2 from log-densities (N,) of ``dimensions`` dimensions with std (N,)."""
+    return 2 * std**2 * (log_prob + dimensions * (std.log() + 0.5 * math.log(2 * math.pi)))

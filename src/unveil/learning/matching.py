@@ -83,8 +83,21 @@ def matching_errors(
         noise: (B, *D) from N(0, I).
         space: the parameterisation whose error counts; None: the network's own.
     """
-    process, kind = denoiser.spec.process, denoiser.spec.prediction
+    process = denoiser.spec.process
     prediction = denoiser(process.corrupt(x_0, t, noise), t, condition)
+    return prediction_errors(process, denoiser.spec.prediction, prediction, x_0, t, noise, space)
+
+
+def prediction_errors(
+    process: GaussianProcess,
+    kind: Prediction,
+    prediction: Tensor,
+    x_0: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    space: Prediction | None = None,
+) -> Tensor:
+    """`matching_errors` of a given prediction (B, *D) of ``kind``."""
     target = process.target(kind, x_0, noise, t)
     errors = per_sample((prediction.to(target.dtype) - target).square()) / target[0].numel()
     if space is None or space == kind:

@@ -39,6 +39,9 @@ class Views:
         length: (N,) this view's share of what a ratio is normalised by.
     """
 
+    steps_are_units: ClassVar[bool] = False
+    """True if every view is one step with one item: what is measured can be told step by step."""
+
     rows: Tensor
     steps: Tensor
     length: Tensor
@@ -112,6 +115,13 @@ class Likelihood(Plugin, family="likelihood"):
     per_step: ClassVar[bool] = True
     """True if views belong to steps (a selector chooses which), False if they stand for the whole chain."""
 
+    gives: ClassVar[frozenset[str]] = frozenset()
+    """Fields of `Scores` that it fills besides log-probabilities and entropies."""
+    replays: ClassVar[bool] = False
+    """True if ratios are taken against what the rollout recorded, which then runs in the precision of training."""
+    reads_old: ClassVar[frozenset[str]] = frozenset()
+    """Fields of `Scores` that `against` reads of the policy that drew the chains, besides the log-probabilities."""
+
     @property
     def scores_samples(self) -> bool:
         """False if what a greedy sampler leaves can be scored as well."""
@@ -135,6 +145,10 @@ class Likelihood(Plugin, family="likelihood"):
     def score(self, denoiser: Any, views: Any, sampler: Any) -> Scores:
         """Log-probabilities of all items under the distributions that ``sampler`` draws from."""
         raise NotImplementedError
+
+    def against(self, scores: Scores, old: Scores, views: Any) -> Scores:
+        """The scores, where they depend on what the policy that drew the chains says of the same views."""
+        return scores
 
 
 class TokenFilter(Plugin, family="token_filter"):

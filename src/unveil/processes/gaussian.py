@@ -118,8 +118,11 @@ class Gaussian(NamedTuple):
 class GaussianProcess(Plugin, family="process"):
     """x_t = alpha(t) x_0 + sigma(t) eps; a subclass says what alpha and sigma are."""
 
-    native: ClassVar[Prediction] = "eps"
-    """The prediction in which the probability-flow ODE has straight lines for solutions where it is constant."""
+    native: ClassVar[Prediction] = "u"
+    """The prediction whose mean over a step is meant by higher-order solvers: where it is constant the step is exact.
+
+    u belongs to the coordinates x / (alpha + sigma), sigma / (alpha + sigma), which stay finite up to pure noise.
+    """
 
     def alpha(self, t: Tensor) -> Tensor:
         """Share of the data at times t, float64."""
@@ -292,8 +295,6 @@ def _log_cumulative(betas: str, steps: int, low: float, high: float) -> Tensor:
 class Flow(GaussianProcess, name="flow"):
     """Rectified flow: straight lines from noise to data, at t = 1 nothing but noise."""
 
-    native: ClassVar[Prediction] = "u"
-
     def alpha(self, t: Tensor) -> Tensor:
         return 1 - t.double()
 
@@ -321,6 +322,8 @@ class VarianceExploding(GaussianProcess, name="edm"):
     """Standard deviation of the data, for the preconditioning of networks that predict ``edm``."""
     rho: Annotated[float, Field(ge=1)] = 7.0
     """Exponent: how much of the time is spent at small noise."""
+
+    native: ClassVar[Prediction] = "eps"
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.ones_like(t, dtype=torch.float64)

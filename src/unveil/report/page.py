@@ -2,7 +2,8 @@
 
 The numbers are prepared here (thinned, summarised) and embedded as JSON; ``assets/app.js`` and ``charts.js``
 draw them. The strings of a run (prompts, completions, a recipe) are untrusted: the JSON holds no ``<``, the
-scripts insert text nodes only, and a content security policy lets only the scripts run whose hashes it names.
+scripts insert text nodes and checked PNG images only, and a content security policy lets only the scripts run whose
+hashes it names.
 """
 
 from __future__ import annotations
@@ -30,7 +31,13 @@ _COLUMNS = 160
 """Most columns of the map of guess accuracy."""
 _BUDGET = 32_000_000
 """Most characters of samples, and of trajectories, that a page carries."""
-_ASSETS = ("template.html", "style.css", "charts.js", "app.js", "uPlot.iife.min.js", "uPlot.min.css")
+_AWAY = {
+    "measure/distance": ("distance to the nearest real image", 0.15),
+    "measure/frechet": ("Frechet distance", 0.5),
+    "measure/diversity": ("diversity", -0.3),
+}
+"""Held-out measures, and the relative change from which on they speak of samples that leave the data."""
+_ASSETS = ("template.html", "style.css", "charts.js", "images.js", "app.js", "uPlot.iife.min.js", "uPlot.min.css")
 
 
 def build_page(run: Path) -> str:
@@ -72,7 +79,9 @@ def _page_data(name: str, folder: RunFolder) -> Line:
         "train": _curves(folder.train),
         "evals": _eval_curves(folder.evals),
         "groups": _flat_groups(folder.train),
-        "guesses": _guess_map(folder.train),
+        "guesses": _step_map(folder.train, "guess_accuracy"),
+        "steps": _step_maps(folder.train),
+        "drift": _drift(folder.evals),
         "table": folder.table,
         "samples": _within_budget(folder.samples, "samples", notes),
         "trajectories": _within_budget(folder.trajectories, "trajectories", notes),
@@ -144,23 +153,59 @@ def _flat_groups(lines: Sequence[Line]) -> Line:
     return {"limit": FLAT, "updates": len(known), "flat": len(flat), "last": flat[-1] if flat else None}
 
 
-def _guess_map(lines: Sequence[Line]) -> Line | None:
-    """Mean guess accuracy ``accuracy[column][denoising step]``; a column is updates ``from`` .. ``to``."""
-    known = [line for line in lines if isinstance(line.get("guess_accuracy"), list)]
-    steps = max((len(line["guess_accuracy"]) for line in known), default=0)
+def _step_maps(lines: Sequence[Line]) -> dict[str, Line]:
+    """`_step_map` of every measure ``steps/NAME``, by NAME."""
+    keys = dict.fromkeys(key for line in lines for key in line if key.startswith("steps/"))
+    found = {key.removeprefix("steps/"): _step_map(lines, key) for key in keys}
+    return {name: table for name, table in found.items() if table is not None}
+
+
+def _step_map(lines: Sequence[Line], key: str) -> Line | None:
+    """Mean of a measure with a number per denoising step: ``values[column][step]``; a column is updates ``from`` ..
+    ``to``."""
+    known = [line for line in lines if isinstance(line.get(key), list)]
+    steps = max((len(line[key]) for line in known), default=0)
     if not steps:
         return None
     parts = [[known[i] for i in part] for part in _bins(len(known), _COLUMNS)]
 
     def mean(part: list[Line], step: int) -> float | None:
-        rows = [line["guess_accuracy"] for line in part]
+        rows = [line[key] for line in part]
         return _mean(_number(row[step]) for row in rows if step < len(row))
 
     return {
         "from": [part[0]["step"] for part in parts],
         "to": [part[-1]["step"] for part in parts],
-        "accuracy": [[mean(part, step) for step in range(steps)] for part in parts],
+        "values": [[mean(part, step) for step in range(steps)] for part in parts],
     }
+
+
+def _drift(lines: Sequence[Line]) -> list[str]:
+    """A sentence per decoder whose optimised reward rose while held-out measures turned away from the data."""
+    sentences = []
+    for decoder in dict.fromkeys(_decoder(line) for line in lines):
+        own = [line for line in lines if _decoder(line) == decoder]
+        base, last = own[0], own[-1]
+        gains = [key for key in ("reward", "accuracy", "score") if _rise(base, last, key) > 0]
+        signs = []
+        for key, (name, worst) in _AWAY.items():
+            change = _rise(base, last, key)
+            if change * worst >= worst * worst:
+                signs.append(f"{name} {base[key]:.3g} → {last[key]:.3g} ({change:+.0%})")
+        if gains and signs:
+            first = gains[0]
+            sentences.append(
+                f"With {decoder}, from update {base['step']} to {last['step']}, held-out {first} rose from "
+                f"{base[first]:.3g} to {last[first]:.3g}, but samples moved away from the data: {'; '.join(signs)}. "
+                "The reward may be gamed."
+            )
+    return sentences
+
+
+def _rise(base: Line, last: Line, key: str) -> float:
+    """Relative change of a measure; 0 where it is not known or was 0."""
+    before, after = _number(base.get(key)), _number(last.get(key))
+    return 0.0 if not before or after is None else (after - before) / abs(before)
 
 
 def _within_budget(lines: list[Line], what: str, notes: list[str]) -> list[Line]:
@@ -226,7 +271,7 @@ def _fill(title: str, data: Line) -> str:
     folder = resources.files("unveil.report") / "assets"
     text = {name: (folder / name).read_text(encoding="utf-8") for name in _ASSETS}
     style = text["uPlot.min.css"] + text["style.css"]
-    plot, script = text["uPlot.iife.min.js"], text["charts.js"] + text["app.js"]
+    plot, script = text["uPlot.iife.min.js"], text["charts.js"] + text["images.js"] + text["app.js"]
     policy = "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'"
     parts = {
         "title": html.escape(title),

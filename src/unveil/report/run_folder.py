@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from unveil.registry import UserError
+
+_PNG = re.compile(r"data:image/png;base64,[A-Za-z0-9+/]+={0,2}")
 
 Line = dict[str, Any]
 """One JSON object, such as a line of metrics.jsonl."""
@@ -47,7 +50,7 @@ def read_run(run: Path) -> RunFolder:
         raise UserError(f"{str(run)!r} is no run folder: it has no run.json, which `unveil train` writes")
     notes: list[str] = []
     metrics = _read_lines(run / "metrics.jsonl", {"kind": str, "step": int}, notes)
-    samples = _read_lines(run / "samples.jsonl", {"step": int, "problem": str}, notes)
+    samples = _read_lines(run / "samples.jsonl", {"step": int, "problem": str}, notes, _check_images)
     needs = {"step": int, "problem": str, "decoder": str, "steps": list}
     trajectories = _read_lines(run / "trajectories.jsonl", needs, notes, _check_steps)
     recipe = run / "recipe.yaml"
@@ -101,10 +104,21 @@ def _read_lines(
     return lines
 
 
+def _check_images(line: Line, where: str) -> None:
+    """Images are PNG, given whole: a page shows nothing from elsewhere."""
+    for key in ("image", "guess_image"):
+        value = line.get(key)
+        if value is not None and not (isinstance(value, str) and _PNG.fullmatch(value)):
+            raise UserError(f"{where}: {key!r} must be a data: address of a PNG, not {str(value)[:60]!r}")
+
+
 def _check_steps(line: Line, where: str) -> None:
-    """All canvases of a trajectory, and its guesses and confidences where given, have one length."""
+    """Steps are images, or canvases whose tokens, guesses and confidences have one length."""
     length = None
     for index, step in enumerate(line["steps"]):
+        if isinstance(step, dict) and "image" in step:
+            _check_images(step, f"{where}: 'steps[{index}]'")
+            continue
         if not isinstance(step, dict) or not isinstance(step.get("tokens"), list):
             raise UserError(f"{where}: 'steps[{index}].tokens' must be a list")
         length = len(step["tokens"]) if length is None else length

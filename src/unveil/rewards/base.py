@@ -11,14 +11,14 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from unveil.registry import Plugin, UserError
 
 T = TypeVar("T")
 Metadata = Mapping[str, Any]
-"""What is known of a completion besides its text: the fields of the problem's ``answer``, its ``solution`` (unless the
-answer has a field of that name) and ``id``, and the task's verdict as ``correct`` and ``score``."""
+"""What is known of a completion besides itself: the fields of the problem's ``answer``, its ``solution`` (unless the
+answer has a field of that name) and ``id``, and the task's verdict as ``correct``, ``score`` and ``metrics``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,18 +68,45 @@ class Answer:
 class Reward(Plugin, family="reward"):
     """Scores completions one by one: a score depends on its own completion alone."""
 
-    def scores(self, completions: list[str], prompts: list[str], metadata: list[Metadata]) -> Sequence[Score]:
+    medium: ClassVar[Literal["text", "image"] | None] = None
+    """What it can score; None: whatever comes."""
+
+    @property
+    def part_weights(self) -> dict[str, float]:
+        """Of the parts that a sum optimises."""
+        return {}
+
+    def scores(self, completions: list[Any], prompts: list[str], metadata: list[Metadata]) -> Sequence[Score]:
         """N scores of N completions. May raise anything: all N have then failed.
 
         Args:
-            completions: texts without special tokens, of finished responses or of intermediate guesses.
+            completions: of finished samples or of intermediate guesses: texts without special tokens, or images as
+                tensors (C, H, W) of floats in [0, 1].
             prompts: the problems' prompts.
             metadata: see `Metadata`.
         """
         raise NotImplementedError
 
-    def ask(self, completions: list[str], prompts: list[str], metadata: list[Metadata]) -> Answer:
-        """`scores`, made safe: whatever happens there, N scores come back and every number is finite."""
+    def check_medium(self, medium: str, path: str) -> None:
+        """Refuse samples that it cannot score.
+
+        Args:
+            medium: of the task.
+            path: where the reward stands in the recipe.
+
+        Raises:
+            UserError: naming ``path``.
+        """
+        if self.medium not in (None, medium):
+            raise UserError(f"{path}: {self.name!r} scores {self.medium}s, and the task's samples are {medium}s")
+
+    def ask(
+        self, completions: list[Any], prompts: list[str], metadata: list[Metadata], *, evaluating: bool = False
+    ) -> Answer:
+        """`scores`, made safe: whatever happens there, N scores come back and every number is finite.
+
+        ``evaluating`` says that nothing is trained on the answer: parts that are only for evaluation are asked too.
+        """
         try:
             given = checked(self.scores(completions, prompts, metadata), len(completions))
         except (Exception, SystemExit) as error:
@@ -91,7 +118,7 @@ class Reward(Plugin, family="reward"):
 class Correct(Reward, name="correct"):
     """1 for a solved problem, 0 otherwise, as the task's verifier says."""
 
-    def scores(self, completions: list[str], prompts: list[str], metadata: list[Metadata]) -> Sequence[Score]:
+    def scores(self, completions: list[Any], prompts: list[str], metadata: list[Metadata]) -> Sequence[Score]:
         return [float(own["correct"]) for own in metadata]
 
 
@@ -99,8 +126,19 @@ class Correct(Reward, name="correct"):
 class Shaped(Reward, name="score"):
     """The task's shaped score in [0, 1]: partial credit."""
 
-    def scores(self, completions: list[str], prompts: list[str], metadata: list[Metadata]) -> Sequence[Score]:
+    def scores(self, completions: list[Any], prompts: list[str], metadata: list[Metadata]) -> Sequence[Score]:
         return [float(own["score"]) for own in metadata]
+
+
+@dataclass(kw_only=True)
+class Metric(Reward, name="metric"):
+    """A number that the task's verdict gives beside its score, such as the distance to the nearest real image."""
+
+    key: str
+    """Its name; a task without it gives no scores."""
+
+    def scores(self, completions: list[Any], prompts: list[str], metadata: list[Metadata]) -> Sequence[Score]:
+        return [float(own["metrics"][self.key]) for own in metadata]
 
 
 @dataclass(kw_only=True)
@@ -111,8 +149,9 @@ class Part:
     """What scores."""
     weight: float = 1.0
     """Its factor in the sum; may be negative."""
-    role: Literal["optimise", "audit"] = "optimise"
-    """``optimise``: in the sum. ``audit``: logged beside it and never trained on."""
+    role: Literal["optimise", "audit", "evaluate"] = "optimise"
+    """``optimise``: in the sum. ``audit``: logged beside it and never trained on. ``evaluate``: asked at evaluations
+    alone, for what is too slow to be watched."""
 
 
 @dataclass(kw_only=True)
@@ -130,11 +169,25 @@ class Sum(Reward, name="sum"):
             if isinstance(part.reward, Sum):
                 raise UserError(f"parts.{name}.reward: a sum inside a sum (allowed: its parts themselves)")
 
-    def scores(self, completions: list[str], prompts: list[str], metadata: list[Metadata]) -> Sequence[Score]:
+    def check_medium(self, medium: str, path: str) -> None:
+        for name, part in self.parts.items():
+            part.reward.check_medium(medium, f"{path}.parts.{name}.reward")
+
+    @property
+    def part_weights(self) -> dict[str, float]:
+        return {name: part.weight for name, part in self.parts.items() if part.role == "optimise"}
+
+    def scores(self, completions: list[Any], prompts: list[str], metadata: list[Metadata]) -> Sequence[Score]:
         return self.ask(completions, prompts, metadata).total
 
-    def ask(self, completions: list[str], prompts: list[str], metadata: list[Metadata]) -> Answer:
-        given = {name: part.reward.ask(completions, prompts, metadata).total for name, part in self.parts.items()}
+    def ask(
+        self, completions: list[Any], prompts: list[str], metadata: list[Metadata], *, evaluating: bool = False
+    ) -> Answer:
+        given = {
+            name: part.reward.ask(completions, prompts, metadata).total
+            for name, part in self.parts.items()
+            if evaluating or part.role != "evaluate"
+        }
         total = [self._total({name: own[row] for name, own in given.items()}) for row in range(len(completions))]
         return Answer(total=checked(total, len(completions)), parts=given)
 
@@ -143,7 +196,7 @@ class Sum(Reward, name="sum"):
         added = []
         for name, score in scores.items():
             part = self.parts[name]
-            if part.role == "audit" or score is None:
+            if part.role != "optimise" or score is None:
                 continue
             if isinstance(score, Failure):
                 return score

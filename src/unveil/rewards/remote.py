@@ -11,9 +11,11 @@ from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 from pydantic import Field
+from torch import Tensor
 
 from unveil.registry import UserError
 from unveil.rewards.base import Metadata, Reward, RewardError, Score, checked, failure_of, within
+from unveil.rewards.images import data_url
 
 _LARGEST = 1 << 24
 """Bytes of an answer."""
@@ -24,7 +26,7 @@ _PASSING = {408, 425, 429, 500, 502, 503, 504}
 @dataclass(kw_only=True)
 class Remote(Reward, name="remote"):
     """Posts ``{"prompts": [..], "completions": [..], "metadata": [{..}, ..]}`` and reads ``{"scores": [..]}``: numbers,
-    or null where the reward does not apply. Redirects are not followed."""
+    or null where the reward does not apply. Images are sent as ``data:`` URLs of PNGs. Redirects are not followed."""
 
     url: str
     """``http://`` or ``https://`` address that is posted to."""
@@ -56,13 +58,14 @@ class Remote(Reward, name="remote"):
             raise UserError(f"url: should be http://HOST[:PORT]/PATH or https://..., got {self.url!r}")
         self._target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
 
-    def scores(self, completions: list[str], prompts: list[str], metadata: list[Metadata]) -> Sequence[Score]:
+    def scores(self, completions: list[Any], prompts: list[str], metadata: list[Metadata]) -> Sequence[Score]:
         found: list[Score] = []
         for start in range(0, len(completions), self.batch_size):
             part = slice(start, start + self.batch_size)
             count = len(completions[part])
             try:
-                body = {"prompts": prompts[part], "completions": completions[part], "metadata": metadata[part]}
+                sent = [data_url(one) if isinstance(one, Tensor) else one for one in completions[part]]
+                body = {"prompts": prompts[part], "completions": sent, "metadata": metadata[part]}
                 found += self._guarded(json.dumps(body, allow_nan=False).encode(), count)
             except Exception as error:
                 found += [failure_of(error)] * count

@@ -26,6 +26,8 @@ class Trl(Reward, name="trl"):
     None means that the reward does not apply to this completion.
     """
 
+    medium = "text"
+
     function: str
     """``package.module:function``; the working folder is on the import path."""
     messages: bool = False
@@ -49,7 +51,7 @@ class Trl(Reward, name="trl"):
         everything = any(one.kind is one.VAR_KEYWORD for one in parameters)
         self._named = None if everything else {one.name for one in parameters}
 
-    def scores(self, completions: list[str], prompts: list[str], metadata: list[Metadata]) -> Sequence[Score]:
+    def scores(self, completions: list[Any], prompts: list[str], metadata: list[Metadata]) -> Sequence[Score]:
         columns = dict.fromkeys(key for own in metadata for key in own)
         given: dict[str, Any] = {key: [own.get(key) for own in metadata] for key in columns}
         given |= {"prompts": prompts, "completions": completions}

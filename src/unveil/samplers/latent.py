@@ -118,18 +118,15 @@ class _Chains:
         first = int(self.inside.nonzero()[0]) if bool(self.inside.any()) else self.steps
         self.own_from = first if sampler.share == "prefix" else 0
         stems = self._stems(start)
-        # Rows that are computed before `own_from`, and which of them each chain continues.
-        places: dict[int, int] = {}
-        for row, stem in enumerate(stems):
-            places.setdefault(stem, row)
-        self.stems = list(places)
+        # Before `own_from` there is a row per stem; chain b then continues row stem_of[b]. A stem's first chain stands
+        # for all of its chains.
+        self.stems = list(dict.fromkeys(stems))
+        self.first_of = torch.tensor([stems.index(stem) for stem in self.stems])
         order = {stem: number for number, stem in enumerate(self.stems)}
         self.stem_of = torch.tensor([order[stem] for stem in stems], device=self.device)
         self.batch = len(start)
         self.condition = start.condition.to(self.device)
-        own = start.initial
-        chosen = list(places.values())
-        self.x = self._initial(own if own is None or not self.own_from else own[chosen], stems)
+        self.x = self._initial(start.initial, stems)
         self.memory: Memory = {}
         self.forwards = 0
         self.kept: dict[str, list[Tensor]] = {name: [] for name in needs}
@@ -138,7 +135,7 @@ class _Chains:
     def run(self) -> LatentTrajectory:
         told = self.condition
         if self.own_from:
-            told = told.rows(torch.tensor([self.stem_of.tolist().index(n) for n in range(len(self.stems))]))
+            told = told.rows(self.first_of)
         for step in range(self.steps):
             if step == self.own_from and step > 0:
                 self.x, told = self.x[self.stem_of], self.condition
@@ -158,7 +155,8 @@ class _Chains:
         gaussian = kernel.step(self.process, guess, x, t, s) if kernel.stochastic else None
         noisy = gaussian is not None and bool((gaussian.std > 0).all())
         if gaussian is not None and noisy:
-            after = gaussian.sample(self._noise(step, count))
+            after = gaussian.sample(self._noise(step))
+            self.memory = {}  # what a solver remembers is of a chain without noise
         else:
 
             def again(x: Tensor, t: Tensor) -> Guess:
@@ -181,17 +179,12 @@ class _Chains:
     def _initial(self, given: Tensor | None, stems: list[int]) -> Tensor:
         """The states that the rows start from."""
         if given is not None:
-            return given.to(self.device, torch.float32)
-        if self.own_from:
-            own = self.stems
-        else:
-            own = stems if self.sampler.share != "nothing" else list(self.seeds)
-        scale = self.process.sigma(self.times[:1])
-        return self._draw([generator(seed, "initial") for seed in own]) * spread(
-            scale, torch.zeros(1, device=self.device)
-        )
+            return (given[self.first_of] if self.own_from else given).to(self.device, torch.float32)
+        own = self.stems if self.own_from else stems if self.sampler.share != "nothing" else self.seeds
+        noise = self._draw([generator(seed, "initial") for seed in own])
+        return noise * spread(self.process.sigma(self.times[:1]), noise)
 
-    def _noise(self, step: int, count: int) -> Tensor:
+    def _noise(self, step: int) -> Tensor:
         own = self.stems if step < self.own_from else self.seeds
         return self._draw([generator(seed, "step", step) for seed in own])
 

@@ -75,7 +75,7 @@ class Outcome:
 class UniformSampler(TokenSampler):
     """What the samplers of this module share; they differ in their step alone."""
 
-    horizon: ClassVar[int] = 1
+    horizon: ClassVar[int] = 0
     """Steps whose likeliest answers are remembered."""
 
     @abstractmethod

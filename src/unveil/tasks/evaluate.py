@@ -98,6 +98,7 @@ class Evaluation:
         ever_correct: share of problems with a right guess at any step; None where guesses are not judged.
         over_denoising: share with a right guess at some step and a wrong end; likewise.
         guess_accuracy: accuracy of the guess at every step; likewise.
+        judged: the samples with all that the task says of them.
         numbers: what the medium and the task have to say besides (``sample_entropy``: mean over problems of the
             response's unigram entropy in nats; ``measure/NAME``: statistics of the whole set).
     """
@@ -112,6 +113,7 @@ class Evaluation:
     samples: list[Sample]
     correct: list[bool]
     scores: list[float]
+    judged: Judged
     ever_correct: float | None = None
     over_denoising: float | None = None
     guess_accuracy: list[float] | None = None
@@ -161,6 +163,7 @@ def evaluate(
         steps_per_chain=trajectory.active.sum(1).float().mean().item(),
         unfinished=trajectory.unfinished.float().mean().item(),
         samples=judged.samples,
+        judged=judged,
         correct=correct,
         scores=[verdict.score for verdict in judged.verdicts],
         numbers=medium.numbers(denoiser, trajectory) | measured,

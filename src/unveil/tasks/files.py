@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from unveil.denoisers.tokenizer import whole
 from unveil.registry import UserError
 from unveil.tasks.base import Split
 
@@ -33,6 +34,8 @@ def read_json_lines(path: str | Path, required_keys: Sequence[str]) -> list[tupl
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}:{number}: not valid JSON: {error}") from error
+        if "\\ud" in line.lower():  # maybe half a pair, which could not be written to any log
+            row = json.loads(whole(json.dumps(row, ensure_ascii=False)))
         if not isinstance(row, dict):
             raise UserError(f"{path}:{number}: expected a JSON object, got {_short(json.dumps(row))}")
         for key in required_keys:
@@ -43,6 +46,15 @@ def read_json_lines(path: str | Path, required_keys: Sequence[str]) -> list[tupl
                 raise UserError(f"{path}:{number}: {key!r} must be a string, got {value}")
         rows.append((number, row))
     return rows
+
+
+def read_text_lines(path: str | Path) -> list[tuple[int, str]]:
+    """Line number (from 1) and text of every line that is not blank, without the spaces around it.
+
+    Raises:
+        UserError: the file is missing, empty or not UTF-8.
+    """
+    return [(number, line.strip()) for number, line in enumerate(_read_lines(path), start=1) if line.strip()]
 
 
 def read_csv(path: str | Path, required_columns: Sequence[str]) -> list[tuple[int, dict[str, str]]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,6 +11,7 @@ from torch import Tensor
 
 from unveil.denoisers.continuous import ContinuousDenoiser
 from unveil.registry import UserError
+from unveil.rewards.images import data_url
 from unveil.samplers.latents import LatentTrajectory, Noise
 from unveil.tasks.medium import Medium, Origins, Sample
 
@@ -54,7 +53,7 @@ class Image(Medium, name="image"):
         return {"latent_scale": trajectory.samples.square().mean().sqrt().item()}
 
     def written(self, sample: Sample) -> dict[str, Any]:
-        return {"image": png(sample)}
+        return {"image": data_url(sample)}
 
     def steps(self, denoiser: ContinuousDenoiser, trajectory: LatentTrajectory, row: int) -> list[dict[str, Any]]:
         """The state after the step and the x_0 that the network expected at it, as images; the time after it."""
@@ -64,20 +63,10 @@ class Image(Medium, name="image"):
         guesses = self.samples(denoiser, trajectory.guesses[row, :count])
         return [
             {
-                "image": png(states[step]),
-                "guess_image": png(guesses[step]),
+                "image": data_url(states[step]),
+                "guess_image": data_url(guesses[step]),
                 "time": round(float(trajectory.times[row, step + 1]), 6),
                 "noisy": bool(trajectory.noisy[row, step]),
             }
             for step in range(count)
         ]
-
-
-def png(image: Tensor) -> str:
-    """A ``data:`` address of an image (C, H, W) with values in [0, 1]; C is 1 (grey) or 3 (RGB)."""
-    import PIL.Image
-
-    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    file = io.BytesIO()
-    PIL.Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(file, format="png")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

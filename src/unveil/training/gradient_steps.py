@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from unveil.learning.likelihoods import without
 from unveil.learning.objectives import sum_by, unit_of
-from unveil.learning.regularisers import Regulariser
 from unveil.learning.views import Inner, Scores, Views
 from unveil.training.distribution import Ranks
 from unveil.training.policy_config import PolicyConfig
@@ -49,9 +49,10 @@ class Batch:
         advantage: (N,) of every view.
         policy_weight: (N, C) of every item in the policy term.
         kl_weight: (N, C) of every item in the regularisers.
-        old: per micro-batch the log-probabilities of the policy that drew the chains; None: it is the present one.
+        old: per micro-batch what the policy that drew the chains says; None: it is the present one.
         others: per regulariser and micro-batch what its snapshot says.
         diagnostics: what the gradient step measured.
+        units: per micro-batch the step, new and old log-probability and advantage of its units, where steps are units.
     """
 
     views: Views
@@ -59,9 +60,10 @@ class Batch:
     advantage: Tensor
     policy_weight: Tensor
     kl_weight: Tensor
-    old: list[Tensor] | None = None
+    old: list[Scores] | None = None
     others: dict[str, list[Scores]] = field(default_factory=dict)
     diagnostics: Means = field(default_factory=Means)
+    units: list[tuple[Tensor, Tensor, Tensor, Tensor]] = field(default_factory=list)
 
 
 class GradientSteps:
@@ -80,17 +82,18 @@ class GradientSteps:
             chosen: (B, S) factors of the steps' weights.
             keep_old: whether ratios will be taken against that policy after it has changed.
         """
-        policy, trajectory = self.policy, rollouts.trajectory
+        policy, trajectory, likelihood = self.policy, rollouts.trajectory, self.policy.likelihood
         views = policy.likelihood.views(trajectory, chosen, rollouts.seeds, self.denoiser.spec, inner)
         parts = self.parts(views)
         old = None
         weighed = views
         recorded = policy.likelihood.recorded(views, trajectory)
         if recorded is not None:
-            old = [recorded[slice(*part)] for part in parts]
-        elif keep_old or policy.token_filter is not None:
-            scores = self.score_all(views, parts)
-            old = [score.log_prob for score in scores]
+            old = [Scores(log_prob=recorded[slice(*part)], forwards=0) for part in parts]
+        elif keep_old or policy.token_filter is not None or likelihood.reads_old:
+            with self.trainer.using(policy.rollout.drawn_by):
+                scores = self.score_all(views, parts)
+            old = [score.only(likelihood.reads_old) for score in scores]
             if policy.token_filter is not None and scores:
                 entropy = torch.cat([score.entropy for score in scores if score.entropy is not None]).cpu()
                 weighed = without(views, policy.token_filter.keep(views, entropy, trajectory))
@@ -99,6 +102,8 @@ class GradientSteps:
         if policy.likelihood.per_step:
             factor = chosen[views.rows, views.steps, None]
             policy_weight, kl_weight = policy_weight * factor, kl_weight * factor
+        if rollouts.gate is not None:
+            kl_weight = kl_weight * rollouts.gate[views.rows, None]
         keeps_ratio = policy.token_filter is not None and policy.token_filter.keeps_ratio
         return Batch(
             views=views if keeps_ratio else weighed,
@@ -111,16 +116,35 @@ class GradientSteps:
 
     def compare(self, batches: list[Batch]) -> None:
         """Let the snapshots that hold the policy back score the batches."""
-        for name, regulariser in self._regularisers():
-            with self.trainer.reference():
+        in_force = self.policy.in_force
+        for snapshot in dict.fromkeys(one.towards for one in in_force.values()):
+            own = {name: one.reads for name, one in in_force.items() if one.towards == snapshot}
+            with self.trainer.using(snapshot):
                 for batch in batches:
                     scores = self.score_all(batch.views, batch.parts)
-                    batch.others[name] = [one.only(regulariser.reads) for one in scores]
+                    for name, reads in own.items():
+                        batch.others[name] = [one.only(reads) for one in scores]
 
     def losses(self, batch: Batch) -> Iterator[Callable[[], Tensor]]:
         """One closure per micro-batch; their sum is the loss of the gradient step."""
         for number, part in enumerate(batch.parts):
             yield lambda number=number, part=part: self._loss(batch, number, part)  # type: ignore[misc]
+
+    def measured(self, batch: Batch) -> dict[str, Any]:
+        """What the last gradient step on a batch measured, over all ranks; where steps are units also step by step, as
+        lists (None at steps that were not trained)."""
+        ranks, objective = self.trainer.ranks, self.policy.objective
+        values: dict[str, Any] = batch.diagnostics.means(ranks)
+        units = [unit for part in ranks.gather(batch.units) for unit in part]
+        if units:
+            step, *rest = (torch.cat(column) for column in zip(*units, strict=True))
+            for number in range(int(step.max()) + 1):
+                own = step == number
+                said = objective.diagnostics(*(column[own] for column in rest)) if own.any() else {}
+                for name in objective.diagnostics(*rest):
+                    values.setdefault(f"steps/{name}", []).append(said.get(name))
+        batch.diagnostics, batch.units = Means(), []
+        return values
 
     def parts(self, views: Views) -> list[tuple[int, int]]:
         """Micro-batches of neighbouring views, none of which cuts what one ratio covers."""
@@ -150,13 +174,12 @@ class GradientSteps:
         self.spent += scores.forwards
         return scores
 
-    def _regularisers(self) -> list[tuple[str, Regulariser]]:
-        """Those that are in force, by their name in the log."""
-        return [("kl", self.policy.kl)] if self.policy.kl.beta > 0 else []
-
     def _loss(self, batch: Batch, number: int, part: tuple[int, int]) -> Tensor:
         views, objective = batch.views.slice(*part), self.policy.objective
         scores = self.score(views)
+        before_it = None if batch.old is None else batch.old[number]
+        if before_it is not None:
+            scores = self.policy.likelihood.against(scores, before_it, views)
         device = scores.log_prob.device
         items, factors = views.items.to(device), views.factors.to(device)
 
@@ -167,7 +190,7 @@ class GradientSteps:
             return value[slice(*part)].to(device)[items]
 
         log_prob = weighted(scores.log_prob)
-        old = weighted(batch.old[number].to(device)) if batch.old is not None else log_prob.detach()
+        old = log_prob.detach() if before_it is None else weighted(before_it.log_prob.to(device))
         unit, count = unit_of(views, objective.level)
         unit = unit.to(device)
         view = views.items.nonzero(as_tuple=True)[0].to(device)
@@ -184,7 +207,9 @@ class GradientSteps:
             if scores.entropy is not None:
                 batch.diagnostics.add({"entropy": scores.entropy[items].mean().item()}, len(log_prob))
             batch.diagnostics.add(objective.diagnostics(new.detach(), before, advantage), count)
-        for name, regulariser in self._regularisers():
+            if views.steps_are_units:
+                batch.units.append(tuple(one.detach().cpu() for one in (views.steps, new, before, advantage)))  # type: ignore[arg-type]
+        for name, regulariser in self.policy.in_force.items():
             weight = batch.kl_weight[slice(*part)].to(device)
             distance, weight = regulariser.penalty(views, scores, batch.others[name][number], weight)
             loss = loss + regulariser.beta * (weight * distance).sum()

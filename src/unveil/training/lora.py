@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,12 +32,16 @@ class LoraSettings:
 class Adapter:
     """LoRA layers inside a denoiser, which stays the object that everybody holds."""
 
-    def __init__(self, denoiser: Denoiser, settings: LoraSettings) -> None:
+    def __init__(
+        self, denoiser: Denoiser, settings: LoraSettings, *, rows: Mapping[str, list[int]] | None = None
+    ) -> None:
+        """``rows`` of embeddings, by the layer's name, are trained beside the adapters."""
         try:
             import peft
         except ImportError as error:
             raise UserError("model.lora: the extra is not installed (pip install 'unveil[lora]')") from error
-        paths = [name for name, module in denoiser.named_modules() if type(module).__name__ == "Linear"]
+        kinds = {name: type(module).__name__ for name, module in denoiser.named_modules()}
+        paths = [name for name, kind in kinds.items() if kind in ("Linear", "Conv1D")]
         # A place in a list ("to_out.0") is named with its list.
         names = {re.search(r"[^.]+(\.\d+)*$", path).group() for path in paths}  # type: ignore[union-attr]
         inner = sorted(names - set(denoiser.output_layers))
@@ -48,8 +53,10 @@ class Adapter:
                 f"model.lora.targets: no linear layer is called {missing[0]!r} (allowed: {', '.join(sorted(names))})"
             )
         config = peft.LoraConfig(
-            r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=targets
-        )
+            r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=targets,
+            fan_in_fan_out="Conv1D" in kinds.values(),  # GPT-2's linear layers
+            trainable_token_indices=None if rows is None else dict(rows),
+        )  # fmt: skip
         self.denoiser = denoiser
         self.wrapped: Any = peft.get_peft_model(denoiser, config)
 

@@ -16,6 +16,7 @@ from unveil.registry import UserError
 from unveil.seeds import derive_seed, generator
 from unveil.tasks.base import Split
 from unveil.tasks.evaluate import evaluate
+from unveil.tasks.images import image_task
 from unveil.training.denoising_job import DenoisingConfig, DenoisingEval
 from unveil.training.log import RunLog
 from unveil.training.rollouts import sample_together
@@ -51,12 +52,12 @@ class MatchingJob:
         self.trainer, self.data, self.evaluation, self.log, self.seed = trainer, data, evaluation, log, seed
         assert isinstance(trainer.denoiser, ContinuousDenoiser)
         self.denoiser = trainer.denoiser
-        if not data.tasks or data.file is not None:
+        if not data.tasks or data.file is not None or data.text is not None:
             raise UserError("data.tasks: needed for a model of images (a file of texts does not teach it)")
-        for place, mixed in enumerate(data.tasks):
-            check_images(mixed.task, f"data.tasks.{place}")
-        self.task = evaluation.task or data.tasks[0].task
-        check_images(self.task, "eval.task")
+        if evaluation.loss:
+            raise UserError(f"eval.loss: of models of text alone, got {evaluation.loss}")
+        self.sources = [image_task(mixed.task, f"data.tasks.{place}") for place, mixed in enumerate(data.tasks)]
+        self.task = self.sources[0] if evaluation.task is None else image_task(evaluation.task, "eval.task")
         for sampler in evaluation.decoders.values():
             sampler.check_denoiser(self.denoiser)
             sampler.check_fits(None)
@@ -105,9 +106,8 @@ class MatchingJob:
         images: list[Tensor] = []
         weights = torch.tensor([mixed.weight for mixed in self.data.tasks])
         drawn = torch.multinomial(weights, count, replacement=True, generator=stream)
-        for place, mixed in enumerate(self.data.tasks):
+        for place, task in enumerate(self.sources):
             if share := int((drawn == place).sum()):
-                task: Any = mixed.task
                 said, seen = task.examples(split, share, derive_seed(self.seed, "examples", *name, place))
                 prompts += said
                 images.append(seen)
@@ -134,13 +134,3 @@ class MatchingJob:
             return errors.sum() / batch
 
         return loss
-
-
-def check_images(task: Any, where: str) -> None:
-    """Refuse a task without images to learn from.
-
-    Raises:
-        UserError: naming the task.
-    """
-    if task.medium != "image":
-        raise UserError(f"{where}: {task.name!r} is a task of kind {task.medium!r}, the model is one of images")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from unveil.learning.advantages import Advantage, terminal
+from unveil.seeds import derive_seed
 from unveil.tasks.evaluate import over_denoised
 from unveil.training.distribution import Ranks
 from unveil.training.rollouts import Rollouts
@@ -24,6 +25,7 @@ class Outcome:
 
     Attributes:
         group: (B,) the group of a chain.
+        prompt: (B,) an id of the prompt, the same at all updates.
         rewards: (B, S) of the guess at each step, 0 where it is not known.
         active: (B, S) True where a step happened.
         known: (B,) False for chains without a reward.
@@ -31,10 +33,11 @@ class Outcome:
         unfinished: (B,) True for chains that ended with holes.
         guess_correct: (B, S) verdict on every guess; None if guesses were not recorded.
         over_denoised: (B,) some guess was right, and the end is not; None likewise.
-        parts: the scores of the finished samples by the parts of a sum of rewards, where there are any.
+        parts: (B, S) like ``rewards``, of every part of a sum of rewards; nan where a chain has none.
     """
 
     group: Tensor
+    prompt: Tensor
     rewards: Tensor
     active: Tensor
     known: Tensor
@@ -43,14 +46,15 @@ class Outcome:
     unfinished: Tensor
     guess_correct: Tensor | None = None
     over_denoised: Tensor | None = None
-    parts: Mapping[str, list[float]] = field(default_factory=dict)
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, rollouts: Rollouts, parts: Mapping[str, list[float]] | None = None) -> Outcome:
+    def of(cls, rollouts: Rollouts) -> Outcome:
         judged, trajectory = rollouts.judged, rollouts.trajectory
         recorded = judged.guess_correct is not None
         return cls(
             group=rollouts.group,
+            prompt=torch.tensor([derive_seed(problem.prompt) for problem in rollouts.problems]),
             rewards=rollouts.rewards,
             active=trajectory.active,
             known=rollouts.known,
@@ -59,7 +63,7 @@ class Outcome:
             unfinished=trajectory.unfinished,
             guess_correct=judged.guess_correct,
             over_denoised=over_denoised(judged) if recorded else None,
-            parts=parts or {},
+            parts=rollouts.parts,
         )
 
     def everywhere(self, ranks: Ranks) -> tuple[Outcome, slice]:
@@ -76,11 +80,20 @@ class Outcome:
         """(B,) the reward of each finished sample."""
         return terminal(self.rewards, self.active)
 
-    def advantages(self, advantage: Advantage) -> Tensor:
-        """(B, S); a chain without a reward is no member of its group, and has advantage 0."""
+    def advantages(self, advantage: Advantage, weights: Mapping[str, float] | None = None) -> Tensor:
+        """(B, S); a chain without a reward is no member of its group, and has advantage 0.
+
+        ``weights`` are those of the optimised parts of a sum of rewards, for advantages that read them.
+        """
         known, values = self.known, torch.zeros(self.active.shape)
-        if known.any():
-            values[known] = advantage.advantages(self.rewards[known], self.active[known], self.group[known])
+        if not known.any():
+            return values
+        active, group = self.active[known], (self.prompt if advantage.by_prompt else self.group)[known]
+        if advantage.reads_parts:
+            parts = {name: own[known] for name, own in self.parts.items()}
+            values[known] = advantage.mix(parts, weights or {}, active, group)
+        else:
+            values[known] = advantage.advantages(self.rewards[known], active, group)
         return values
 
     def equal_groups(self) -> Tensor:
@@ -101,8 +114,8 @@ class Outcome:
             "steps_per_chain": active.sum(1).float().mean().item(),
             "unfinished": self.unfinished.float().mean().item(),
         }
-        for name, scores in self.parts.items():
-            values[f"reward/{name}"] = sum(scores) / len(scores) if scores else float("nan")
+        for name, own in self.parts.items():
+            values[f"reward/{name}"] = terminal(own, active).nanmean().item()
         if self.guess_correct is not None and self.over_denoised is not None:
             values["over_denoising"] = self.over_denoised.float().mean().item()
             values["guess_accuracy"] = (self.guess_correct.sum(0) / active.sum(0).clamp(min=1)).tolist()
@@ -125,7 +138,7 @@ def join(parts: Sequence[Outcome]) -> Outcome:
         if any(value is None for value in values):
             return None
         if isinstance(values[0], Mapping):
-            return {name: [score for value in values for score in value[name]] for name in values[0]}
+            return {name: joined([value[name] for value in values]) for name in values[0]}
         wide = [v if v.dim() == 1 else torch.cat([v, v.new_zeros(len(v), steps - v.shape[1])], 1) for v in values]
         return torch.cat(wide)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -15,7 +15,7 @@ from unveil.learning.regularisers import Kl, Regulariser
 from unveil.learning.selectors import AllSteps, Selector
 from unveil.learning.views import Likelihood, TokenFilter
 from unveil.registry import Plugin, UserError
-from unveil.rewards.base import Correct, Reward
+from unveil.rewards.base import Correct, Reward, Sum
 from unveil.samplers.base import Sampler
 from unveil.tasks.base import Task
 from unveil.tasks.evaluate import Judged
@@ -53,6 +53,11 @@ class RolloutConfig:
     """If given, every update draws one of these block lengths for all its rollouts (MDPO's mixture)."""
     batch_size: Annotated[int, Field(ge=1)] = 256
     """Rows per network call."""
+    score_beside: bool = False
+    """Judge and reward every batch of whole groups in a thread while the next one is drawn: for rewards that wait for a
+    server, or work on the processor while the network works on a GPU. Nothing else changes."""
+    drawn_by: Literal["policy", "old", "ema"] = "policy"
+    """Whose samples they are: those of the policy as it is, or of a snapshot (``snapshots``)."""
 
 
 @dataclass(kw_only=True)
@@ -85,11 +90,49 @@ class PolicyConfig:
     """Who is averaged over what."""
     kl: Regulariser = field(default_factory=Kl)
     """What holds the policy back; without a name an estimate of the KL divergence."""
+    regularisers: dict[str, Regulariser] = field(default_factory=dict)
+    """Further ones, by their name in the log."""
     inner_updates: Annotated[int, Field(ge=1)] = 1
-    """Gradient steps on the same rollouts, with stored old log-probabilities."""
+    """Passes over the same rollouts, with stored old log-probabilities."""
+    minibatches: Annotated[int, Field(ge=1)] = 1
+    """Gradient steps of a pass, each on its own share of the chains, which are dealt out at random."""
+
+    @property
+    def in_force(self) -> dict[str, Regulariser]:
+        """The regularisers with a strength above 0, by their name in the log."""
+        return {name: one for name, one in {"kl": self.kl, **self.regularisers}.items() if one.beta > 0}
+
+    @property
+    def keeps_reference(self) -> bool:
+        """Whether anything is compared with the reference policy."""
+        return any(one.towards == "reference" for one in self.in_force.values())
+
+    @property
+    def snapshots(self) -> dict[str, str]:
+        """The snapshots that a run must keep for this method, and the keys that ask for them."""
+        wanted: dict[str, str] = {one.towards: f"policy.{_key(name)}.towards" for name, one in self.in_force.items()}
+        if self.rollout.drawn_by != "policy":
+            wanted[self.rollout.drawn_by] = "policy.rollout.drawn_by"
+        return wanted
 
     def __post_init__(self) -> None:
         advantage, likelihood = self.advantage, self.likelihood
+        self.reward.check_medium(self.task.medium, "reward")
+        if advantage.reads_parts and not isinstance(self.reward, Sum):
+            raise UserError(
+                f"advantage: {advantage.name!r} mixes the parts of a sum of rewards, and the reward is "
+                f"{self.reward.name!r} (allowed: sum)"
+            )
+        if advantage.reads_parts and self.shaping is not None:
+            raise UserError(f"shaping: it changes the sum, and {advantage.name!r} reads its parts (allowed: null)")
+        if "kl" in self.regularisers:
+            raise UserError("regularisers.kl: the name is that of `kl` (allowed: any other)")
+        for name, one in self.in_force.items():
+            if missing := sorted(one.reads - likelihood.gives):
+                raise UserError(
+                    f"{_key(name)}: {one.name!r} reads the {missing[0]} of a step, which the likelihood "
+                    f"{likelihood.name!r} does not give"
+                )
         if not advantage.per_step:
             return
         if self.objective.level == "sequence":
@@ -102,6 +145,10 @@ class PolicyConfig:
                 f"likelihood: {likelihood.name!r} takes one advantage per chain, and {advantage.name!r} gives one per "
                 "step (allowed: a likelihood of steps, such as trajectory)"
             )
+
+
+def _key(name: str) -> str:
+    return "kl" if name == "kl" else f"regularisers.{name}"
 
 
 @dataclass(kw_only=True)

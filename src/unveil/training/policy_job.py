@@ -3,9 +3,12 @@ rollouts and the gradient steps on it."""
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,15 +24,16 @@ from unveil.seeds import derive_seed, generator
 from unveil.tasks.base import Problem
 from unveil.tasks.evaluate import chain_copies, evaluate, judge, sample_problems
 from unveil.tasks.medium import medium_of
-from unveil.training.gradient_steps import GradientSteps, Means
+from unveil.training.gradient_steps import GradientSteps
 from unveil.training.log import RunLog
 from unveil.training.outcome import Outcome, mean_over_ranks
 from unveil.training.policy_config import PolicyConfig, PolicyEval, ProblemFilter
 from unveil.training.records import sample_records, trajectory_records
-from unveil.training.rewarding import Rewarded, RewardsLost, reward_chains
-from unveil.training.rollouts import Rollouts, sample_together
+from unveil.training.rewarding import Rewarded, RewardsLost, bundle_means, reward_chains
+from unveil.training.rollouts import Rollouts, portions, sample_together
 from unveil.training.trainer import Optimise, Trainer
 
+SNAPSHOT_KEYS = {"old": "old", "ema": "ema_decay"}
 LOST_UPDATES = 3
 """Updates in a row without a single score after which a run stops."""
 
@@ -66,12 +70,23 @@ class PolicyJob:
             raise UserError(
                 "policy.rollout.sampler.temperature: should be greater than 0, got 0 (a group would be all equal)"
             )
+        kept = {"reference", *trainer.snapshots.sets}
+        if missing := [(key, name) for name, key in policy.snapshots.items() if name not in kept]:
+            key, name = missing[0]
+            raise UserError(
+                f"{key}: {name!r}, but the run keeps no such snapshot (give snapshots.{SNAPSHOT_KEYS[name]})"
+            )
         self.held_out = policy.task.problems("test", evaluation.problems, 0)
         self.medium.check_fits(self.denoiser, [p.prompt for p in self.held_out], rollout.response_length)
         world, whole = trainer.ranks.world, policy.groups is not None
         if rollout.prompts * (1 if whole else rollout.group_size) < world:
             what = "whole groups (policy.groups needs them)" if whole else "chains (prompts * group_size)"
             raise UserError(f"policy.rollout.prompts: {rollout.prompts} give fewer {what} than the {world} processes")
+        if rollout.prompts * rollout.group_size < policy.minibatches * trainer.ranks.world:
+            raise UserError(
+                f"policy.minibatches: {policy.minibatches} are more than the chains of a process "
+                f"({rollout.prompts * rollout.group_size // trainer.ranks.world})"
+            )
         self.pool: list[Problem] = []
         self.rolled = self.spent = self.lost_updates = 0
         self.rewarded: list[Rewarded] = []
@@ -81,7 +96,7 @@ class PolicyJob:
         policy, self.rewarded = self.policy, []
         ranks = self.trainer.ranks
         rollouts = self._sampled(update)
-        outcome, own = Outcome.of(rollouts, self.rewarded[0].parts).everywhere(ranks)
+        outcome, own = Outcome.of(rollouts).everywhere(ranks)
         metrics = outcome.metrics()
         if policy.groups is not None:
 
@@ -94,7 +109,7 @@ class PolicyJob:
             outcome, own = Outcome.of(rollouts).everywhere(ranks)
         trajectory = rollouts.trajectory
         scored = self._count_failures(update, metrics)
-        advantages = outcome.advantages(policy.advantage)
+        advantages = outcome.advantages(policy.advantage, policy.reward.part_weights)
         metrics |= {
             "advantage_abs": (advantages.abs().sum() / outcome.active.sum().clamp(min=1)).item(),
             "zero_variance_groups": outcome.equal_groups().float().mean().item(),
@@ -105,16 +120,17 @@ class PolicyJob:
             chosen = policy.selector.choose(advantages, trajectory, rollouts.seeds, self.denoiser.spec)
         inner = policy.inner_updates
         views = inner if policy.likelihood.resamples else 1
+        shares = self._shares(update, rollouts, advantages, chosen)
+        keep_old = inner * len(shares) > 1 or policy.rollout.drawn_by != "policy"
         batches = [
-            self.steps.batch(rollouts, advantages, chosen, Inner(number, inner), keep_old=inner > 1)
+            [self.steps.batch(*share, Inner(number, inner), keep_old=keep_old) for share in shares]
             for number in range(views)
         ]
-        self.steps.compare(batches)
+        self.steps.compare([batch for same in batches for batch in same])
         for number in range(inner):
-            batch = batches[number % views]
-            batch.diagnostics = Means()
-            result: dict[str, Any] = optimise(self.steps.losses(batch) if scored else [])
-            metrics |= result | batch.diagnostics.means(ranks)
+            for batch in batches[number % views]:
+                result: dict[str, Any] = optimise(self.steps.losses(batch) if scored else [])
+                metrics |= result | self.steps.measured(batch)
         cost = self.trainer.cost
         cost.rollouts += round(ranks.total(self.rolled))
         cost.samples = cost.rollouts
@@ -138,17 +154,20 @@ class PolicyJob:
                 )
                 if not self.trainer.ranks.main:
                     continue
-                self.log.metrics("eval", update, {"decoder": name, **result.summary()})
+                means = bundle_means(self.policy.reward, self.held_out, result.judged)
+                self.log.metrics("eval", update, {"decoder": name, **result.summary(), **means})
                 mark = {"step": update, "decoder": name}
                 self.log.lines("samples.jsonl", sample_records(shown, result, self.medium, mark))
                 records = trajectory_records(self.denoiser, self.policy.task, shown, sampler, length, mark)
                 self.log.lines("trajectories.jsonl", records)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"pool": [vars(problem) | {"answer": dict(problem.answer)} for problem in self.pool]}
+        pool = [vars(problem) | {"answer": dict(problem.answer)} for problem in self.pool]
+        return {"pool": pool, "advantage": self.policy.advantage.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.pool = [Problem(**problem) for problem in state["pool"]]
+        self.policy.advantage.load_state_dict(state["advantage"])
 
     def _training_samplers(self) -> list[Sampler]:
         rollout = self.policy.rollout
@@ -208,32 +227,66 @@ class PolicyJob:
         **how: Any,
     ) -> Rollouts:
         """Draw and judge one chain per problem; see `unveil.training.rollouts.Roll`."""
-        policy, rollout = self.policy, self.policy.rollout
-        own = [label] if label else []
-        copies = chain_copies(problems) if copies is None else copies
-        with self.trainer.autocast():
-            trajectory = sample_problems(
-                self.denoiser, problems, sampler or self._sampler(update), response_length=rollout.response_length,
-                seed=derive_seed(self.seed, "rollout", update, *own), needs=self._needs(),
-                batch_size=rollout.batch_size, copies=copies, **how,
-            )  # fmt: skip
-        # Ranks are asked once at the end of an update: a hook may draw on some of them only.
-        self.rolled += len(problems)
-        self.spent += trajectory.forwards
+        rollout, own = self.policy.rollout, [label] if label else []
+        numbers = chain_copies(problems) if copies is None else copies
+        seeds = [
+            derive_seed(self.seed, "chain", update, problem.id, copy, *own)
+            for problem, copy in zip(problems, numbers, strict=True)
+        ]
+
+        def drawn(part: slice) -> Any:
+            precision = self.trainer.autocast() if self.policy.likelihood.replays else nullcontext()
+            with self.trainer.using(rollout.drawn_by), precision:
+                trajectory = sample_problems(
+                    self.denoiser, problems[part], sampler or self._sampler(update),
+                    response_length=rollout.response_length, seed=derive_seed(self.seed, "rollout", update, *own),
+                    needs=self._needs(), batch_size=rollout.batch_size, copies=numbers[part], **how,
+                )  # fmt: skip
+            # Ranks are asked once at the end of an update: a hook may draw on some of them only.
+            self.rolled += len(problems[part])
+            self.spent += trajectory.forwards
+            return trajectory
+
+        if how or not rollout.score_beside:
+            found = [self._scored(problems, group, seeds, drawn(slice(None)))]
+        else:
+            with ThreadPoolExecutor(1) as beside:
+                parts = portions(group, rollout.batch_size)
+                # The next trajectory is drawn while the thread is busy with the last one.
+                waiting = [
+                    beside.submit(self._scored, problems[part], group[part], seeds[part], drawn(part)) for part in parts
+                ]
+                found = [one.result() for one in waiting]
+        self.rewarded += [rewarded for _, rewarded in found]
+        return functools.reduce(Rollouts.extend, [rollouts for rollouts, _ in found])
+
+    @torch.no_grad()
+    def _scored(
+        self, problems: list[Problem], group: Tensor, seeds: list[int], trajectory: Any
+    ) -> tuple[Rollouts, Rewarded]:
+        """Chains with their verdicts and rewards."""
+        policy = self.policy
         judged = judge(policy.task, problems, self.denoiser, trajectory)
         rewarded = reward_chains(policy.reward, problems, judged, trajectory, self.medium)
-        self.rewarded.append(rewarded)
         rewards = rewarded.values
         if policy.shaping is not None:
             rewards = policy.shaping.shape(rewards, trajectory) * rewarded.known[:, None]
-        seeds = [
-            derive_seed(self.seed, "chain", update, problem.id, copy, *own)
-            for problem, copy in zip(problems, copies, strict=True)
-        ]
-        return Rollouts(
+        rollouts = Rollouts(
             problems=problems, group=group, trajectory=trajectory, judged=judged, rewards=rewards,
-            known=rewarded.known, seeds=seeds,
+            known=rewarded.known, seeds=seeds, parts=rewarded.parts,
         )  # fmt: skip
+        return rollouts, rewarded
+
+    def _shares(
+        self, update: int, rollouts: Rollouts, advantages: Tensor, chosen: Tensor
+    ) -> list[tuple[Rollouts, Tensor, Tensor]]:
+        """The chains of each gradient step of a pass, with their advantages and factors."""
+        count = self.policy.minibatches
+        if count == 1:
+            return [(rollouts, advantages, chosen)]
+        stream = generator(self.seed, "minibatches", update, self.trainer.ranks.rank)
+        dealt = torch.randperm(len(rollouts), generator=stream).tensor_split(count)
+        return [(rollouts.rows(rows), advantages[rows], chosen[rows]) for rows in (own.sort().values for own in dealt)]
 
     def _sampler(self, update: int) -> Sampler:
         rollout = self.policy.rollout

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from unveil.rewards.base import Failure, Metadata, Reward, Score
+from unveil.rewards.base import Failure, Metadata, Reward, Score, Sum
 from unveil.samplers.trajectory import Trajectory
 from unveil.tasks.base import Problem
 from unveil.tasks.evaluate import Judged
@@ -30,7 +31,7 @@ class Rewarded:
         failures: all scores that could not be had, with the part of a sum that they are of.
         asked: how many samples the reward was asked about.
         lost: how many of them have no score because of a failure.
-        parts: the scores of every part of a sum, of the finished samples that it scored.
+        parts: (B, S) like ``values``, of every part of a sum; nan where there is no score of it.
     """
 
     values: Tensor
@@ -38,7 +39,7 @@ class Rewarded:
     failures: list[tuple[str, Failure]] = field(default_factory=list)
     asked: int = 0
     lost: int = 0
-    parts: dict[str, list[float]] = field(default_factory=dict)
+    parts: dict[str, Tensor] = field(default_factory=dict)
 
 
 def reward_chains(
@@ -57,8 +58,7 @@ def reward_chains(
             place_of[key] = len(samples)
             samples.append(sample)
             prompts.append(problem.prompt)
-            verdict = {"correct": correct, "score": score, "metrics": metrics}
-            metadata.append({"solution": problem.solution, **problem.answer, "id": problem.id, **verdict})
+            metadata.append(about(problem, correct, score, metrics))
         return place_of[key]
 
     last = trajectory.last_steps.tolist()
@@ -74,24 +74,47 @@ def reward_chains(
                 guess = judged.guess_samples[row][step]
                 where[row, step] = place(row, guess, correct[row][step], score[row][step], {})
     answer = reward.ask(samples, prompts, metadata)
-    values = torch.zeros(trajectory.active.shape)
-    known = torch.ones(len(judged.samples), dtype=torch.bool)
-    for (row, step), number in where.items():
-        one = answer.total[number]
-        if isinstance(one, float):
-            values[row, step] = one
-        else:
-            known[row] = False
-    ends = [where[row, step] for row, step in enumerate(last)]
+
+    def laid_out(scores: Sequence[Score]) -> Tensor:
+        """(B, S): scores at their steps, nan where there is none, 0 at steps that were not asked about."""
+        values = torch.zeros(trajectory.active.shape)
+        for (row, step), number in where.items():
+            one = scores[number]
+            values[row, step] = one if isinstance(one, float) else math.nan
+        return values
+
+    values = laid_out(answer.total)
+    known = ~values.isnan().any(1)
     return Rewarded(
-        values=values,
+        values=values.nan_to_num(0.0),
         known=known,
         failures=answer.failures(),
         asked=len(samples),
         lost=sum(isinstance(one, Failure) for one in answer.total),
-        parts={name: _numbers([scores[number] for number in ends]) for name, scores in answer.parts.items()},
+        parts={name: laid_out(scores) for name, scores in answer.parts.items()},
     )
 
 
-def _numbers(scores: Sequence[Score]) -> list[float]:
-    return [one for one in scores if isinstance(one, float)]
+def bundle_means(reward: Reward, problems: Sequence[Problem], judged: Judged) -> dict[str, float]:
+    """What a sum of rewards says of finished held-out samples, ``reward`` and ``reward/NAME``: all of its parts are
+    asked, also those that are only for evaluation. Other rewards are not asked: the task's own numbers say as much."""
+    if not isinstance(reward, Sum):
+        return {}
+    pairs = list(zip(problems, judged.verdicts, strict=True))
+    metadata = [about(problem, verdict.correct, verdict.score, verdict.metrics) for problem, verdict in pairs]
+    prompts = [problem.prompt for problem in problems]
+    answer = reward.ask(list(judged.samples), prompts, metadata, evaluating=True)
+    parts = {f"reward/{name}": mean_score(scores) for name, scores in answer.parts.items()}
+    return {"reward": mean_score(answer.total), **parts}
+
+
+def about(problem: Problem, correct: bool, score: float, metrics: Mapping[str, float]) -> Metadata:
+    """What a reward is told of a sample besides itself."""
+    verdict = {"correct": correct, "score": score, "metrics": metrics}
+    return {"solution": problem.solution, **problem.answer, "id": problem.id, **verdict}
+
+
+def mean_score(scores: Sequence[Score]) -> float:
+    """Over those that are there; nan if none is."""
+    numbers = [one for one in scores if isinstance(one, float)]
+    return sum(numbers) / len(numbers) if numbers else float("nan")

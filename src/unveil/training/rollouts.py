@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -31,6 +32,9 @@ class Rollouts:
         known: (B,) False for chains without a reward, because it failed or does not apply: 0 in ``rewards``, and left
             out of their groups.
         seeds: one per chain, for everything random that is done with it.
+        parts: (B, S) like ``rewards``, of every part of a sum of rewards, before any shaping; nan where there is none.
+        gate: (B,) factor of each chain in the regularisers, for hooks that hold some chains back more than others;
+            None: 1.
     """
 
     problems: list[Problem]
@@ -40,6 +44,8 @@ class Rollouts:
     rewards: Tensor
     known: Tensor
     seeds: list[int]
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    gate: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.problems)
@@ -70,6 +76,8 @@ class Rollouts:
             rewards=self.rewards[index],
             known=self.known[index],
             seeds=[self.seeds[place] for place in places],
+            parts={name: values[index] for name, values in self.parts.items()},
+            gate=None if self.gate is None else self.gate[index],
         )
 
     def extend(self, other: Rollouts) -> Rollouts:
@@ -100,6 +108,11 @@ class Rollouts:
             rewards=rewards,
             known=torch.cat([self.known, other.known]),
             seeds=[*self.seeds, *other.seeds],
+            parts={
+                name: torch.cat([_widen(values, steps), _widen(other.parts[name], steps)])
+                for name, values in self.parts.items()
+            },
+            gate=None if self.gate is None or other.gate is None else torch.cat([self.gate, other.gate]),
         )
 
     def replace(self, rows: Tensor, other: Rollouts, other_rows: Tensor) -> Rollouts:
@@ -165,6 +178,16 @@ class Shaping(Plugin, family="shaping"):
     def shape(self, rewards: Tensor, trajectory: Any) -> Tensor:
         """New rewards (B, S) from ``rewards`` (B, S)."""
         raise NotImplementedError
+
+
+def portions(group: Tensor, size: int) -> list[slice]:
+    """Slices of whole groups of (B,), as many as fit ``size`` chains, at least one."""
+    borders = [0, *((group[1:] != group[:-1]).nonzero().flatten() + 1).tolist(), len(group)]
+    chosen = [0]
+    for border, after in itertools.pairwise(borders):
+        if border > chosen[-1] and after - chosen[-1] > size:
+            chosen.append(border)
+    return [slice(start, end) for start, end in itertools.pairwise([*chosen, len(group)])]
 
 
 def sample_together(

@@ -17,8 +17,10 @@ from pydantic import Field
 from unveil import __version__
 from unveil.denoisers.base import Denoiser, MaskedDenoiser
 from unveil.denoisers.continuous import ContinuousDenoiser
+from unveil.denoisers.convert import Conversion, convert
+from unveil.denoisers.decoders import DecoderDenoiser
 from unveil.denoisers.image import Classes, ImageDenoiser, ImageModel, ImageNetwork, Prompts
-from unveil.denoisers.load import load_denoiser
+from unveil.denoisers.load import load_denoiser, model_folder
 from unveil.denoisers.pipelines import PipelineOptions
 from unveil.denoisers.pretrained import Dtype
 from unveil.denoisers.score import ScoreConfig, ScoreDenoiser
@@ -28,13 +30,16 @@ from unveil.denoisers.unmask import UnmaskNetwork
 from unveil.processes.gaussian import Flow, GaussianProcess, Prediction
 from unveil.recipe import dump, to_yaml
 from unveil.registry import UserError
+from unveil.rewards.networks import JudgeShape
 from unveil.seeds import derive_seed, generator
+from unveil.tasks.images import image_task
 from unveil.training.checkpoints import write_text
 from unveil.training.denoising_job import DenoisingConfig, DenoisingEval, DenoisingJob
 from unveil.training.distribution import RankLost, Ranks
+from unveil.training.judge_job import JudgeData, JudgeEval, JudgeJob, fresh_judge
 from unveil.training.log import LogConfig, RunLog
 from unveil.training.lora import Adapter, LoraSettings
-from unveil.training.matching_job import MatchingJob, check_images
+from unveil.training.matching_job import MatchingJob
 from unveil.training.policy_config import PolicyConfig, PolicyEval
 from unveil.training.policy_job import PolicyJob
 from unveil.training.sharding import DistributedConfig, Shards
@@ -63,7 +68,17 @@ class NewModel:
     """A denoiser from scratch, or the one that supervised fine-tuning starts from."""
 
     path: str | None = None
-    """Start from this model; then the other fields are not used."""
+    """Start from this model; then the fields of a new one are not used, without it those of a model that there is."""
+    convert: Conversion | None = None
+    """``path`` is an autoregressive model, to be made a masked one."""
+    dtype: Dtype = "fp32"
+    """Of a published model's weights: fp32, or bf16 (with adapters; full training would round its updates away)."""
+    chat: bool = False
+    """Wrap prompts into a published model's chat template."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: about a third more time, a fraction of the memory."""
+    lora: LoraSettings | None = None
+    """Train low-rank adapters instead of all weights."""
     image: NewImageModel | None = None
     """A network over images; then the fields below, of a network over words, are not used."""
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
@@ -136,6 +151,42 @@ class TrainRecipe:
     """Everything random derives from it."""
 
 
+@dataclass(kw_only=True)
+class JudgeRecipe:
+    """What `unveil pretrain` runs for a network that judges images."""
+
+    judge: JudgeShape
+    """Its kind and shape."""
+    data: JudgeData
+    eval: JudgeEval = field(default_factory=JudgeEval)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    updates: Annotated[int, Field(ge=1)]
+    """Optimiser steps."""
+    seed: int = 0
+    """Everything random derives from it."""
+
+
+def teach(recipe: JudgeRecipe, run: Path, *, resume: bool = False, progress: Progress | None = None) -> bool:
+    """Teach a network to judge images. Returns False if interrupted.
+
+    Raises:
+        UserError: before any work, if something in the recipe or the run folder does not fit.
+    """
+    ranks = Ranks()
+    pupil = fresh_judge(recipe.judge, recipe.data.task, recipe.seed).to(ranks.device)
+    trainer = Trainer(
+        pupil, recipe.optim, recipe.checkpoint, SnapshotConfig(),
+        updates=recipe.updates, eval_every=recipe.eval.every, run=run, ranks=ranks,
+    )  # fmt: skip
+
+    def make(log: RunLog) -> Job:
+        return JudgeJob(trainer, recipe.data, recipe.eval, log, seed=recipe.seed)
+
+    return _run(recipe, "judge", run, trainer, make, resume=resume, progress=progress)
+
+
 def pretrain(recipe: PretrainRecipe, run: Path, *, resume: bool = False, progress: Progress | None = None) -> bool:
     """Train a denoiser on data. Returns False if interrupted.
 
@@ -143,16 +194,28 @@ def pretrain(recipe: PretrainRecipe, run: Path, *, resume: bool = False, progres
         UserError: before any work, if something in the recipe or the run folder does not fit.
     """
     ranks = Ranks()
-    denoiser = _new_denoiser(recipe.model, recipe.data, recipe.seed)
+    model = recipe.model
+    if model.convert is not None and model.convert.anneal >= recipe.updates:
+        raise UserError(
+            f"model.convert.anneal: {model.convert.anneal} updates leave none with open attention "
+            f"(updates is {recipe.updates})"
+        )
+    if recipe.data.text is not None and model.chat:
+        raise UserError("model.chat: true, but data.text has no prompts to wrap (allowed: false)")
+    denoiser = _new_denoiser(model, recipe.data, recipe.seed)
+    adapter = None
+    if model.lora is not None:
+        adapter = _adapter(denoiser, model.lora, recipe.seed, new=model.convert is not None)
     shards = _place(denoiser, recipe, ranks)
     trainer = Trainer(
         denoiser, recipe.optim, recipe.checkpoint, recipe.snapshots,
-        updates=recipe.updates, eval_every=recipe.eval.every, run=run, ranks=ranks, shards=shards,
+        updates=recipe.updates, eval_every=recipe.eval.every, run=run, ranks=ranks, adapter=adapter, shards=shards,
     )  # fmt: skip
 
     def make(log: RunLog) -> Job:
-        kind = MatchingJob if isinstance(denoiser, ContinuousDenoiser) else DenoisingJob
-        return kind(trainer, recipe.data, recipe.eval, log, seed=recipe.seed)
+        if isinstance(denoiser, ContinuousDenoiser):
+            return MatchingJob(trainer, recipe.data, recipe.eval, log, seed=recipe.seed)
+        return DenoisingJob(trainer, recipe.data, recipe.eval, log, seed=recipe.seed, conversion=model.convert)
 
     return _run(recipe, "pretrain", run, trainer, make, resume=resume, progress=progress)
 
@@ -169,10 +232,7 @@ def train(recipe: TrainRecipe, run: Path, *, resume: bool = False, progress: Pro
         model.path, dtype=model.dtype, chat=model.chat, gradient_checkpointing=model.gradient_checkpointing,
         pipeline=model.pipeline,
     )  # fmt: skip
-    adapter = None
-    if recipe.model.lora is not None:
-        torch.manual_seed(recipe.seed)  # peft draws its initial weights from the global generator
-        adapter = Adapter(denoiser, recipe.model.lora)
+    adapter = None if model.lora is None else _adapter(denoiser, model.lora, recipe.seed)
     if recipe.model.unmask is not None:
         if not isinstance(denoiser, MaskedDenoiser):
             raise UserError(f"model.unmask: an unmasking policy is for models of text, {model.path!r} is none")
@@ -184,13 +244,25 @@ def train(recipe: TrainRecipe, run: Path, *, resume: bool = False, progress: Pro
     trainer = Trainer(
         denoiser, recipe.optim, recipe.checkpoint, recipe.snapshots,
         updates=recipe.updates, eval_every=recipe.eval.every, run=run, ranks=ranks, adapter=adapter,
-        keep_reference=recipe.policy.kl.beta > 0, shards=shards,
+        keep_reference=recipe.policy.keeps_reference, shards=shards,
     )  # fmt: skip
 
     def make(log: RunLog) -> Job:
         return PolicyJob(trainer, recipe.policy, recipe.eval, log, seed=recipe.seed)
 
     return _run(recipe, recipe.system, run, trainer, make, resume=resume, progress=progress)
+
+
+def _adapter(denoiser: Denoiser, settings: LoraSettings, seed: int, *, new: bool = False) -> Adapter:
+    """Adapters; in a model whose mask is ``new`` its embedding is trained too, or it would never mean anything."""
+    torch.manual_seed(seed)  # peft draws its initial weights from the global generator
+    rows = None
+    if new:
+        assert isinstance(denoiser, DecoderDenoiser)
+        layer = denoiser.network.get_input_embeddings()
+        name = next(name for name, module in denoiser.named_modules() if module is layer)
+        rows = {name: [denoiser.spec.mask_id]}
+    return Adapter(denoiser, settings, rows=rows)
 
 
 def _place(denoiser: Denoiser, recipe: PretrainRecipe | TrainRecipe, ranks: Ranks) -> Shards | None:
@@ -227,7 +299,7 @@ def choose_trained(denoiser: Denoiser, what: Literal["all", "denoiser", "unmask"
 
 
 def _run(
-    recipe: PretrainRecipe | TrainRecipe,
+    recipe: PretrainRecipe | JudgeRecipe | TrainRecipe,
     system: str,
     run: Path,
     trainer: Trainer,
@@ -285,8 +357,17 @@ def _draft_log(run: Path) -> RunLog:
 
 
 def _new_denoiser(model: NewModel, data: DenoisingConfig, seed: int) -> Denoiser:
+    options: dict[str, Any] = {
+        "dtype": model.dtype, "chat": model.chat, "gradient_checkpointing": model.gradient_checkpointing,
+    }  # fmt: skip
     if model.path is not None:
-        return load_denoiser(model.path)
+        if model.convert is not None:
+            return convert(model_folder(model.path), model.convert, **options)
+        return load_denoiser(model.path, **options)
+    of_models = {"convert": model.convert is not None, "lora": model.lora is not None, **options}
+    for key, given in of_models.items():
+        if given not in (False, "fp32"):
+            raise UserError(f"model.path: required for model.{key}, but missing")
     if model.image is not None:
         return _new_image_denoiser(model.image, data, seed)
     words = [str(number) for number in range(model.largest_number + 1)] + model.words
@@ -306,8 +387,7 @@ def _new_denoiser(model: NewModel, data: DenoisingConfig, seed: int) -> Denoiser
 def _new_image_denoiser(model: NewImageModel, data: DenoisingConfig, seed: int) -> ImageDenoiser:
     if not data.tasks:
         raise UserError("data.tasks: needed for a model of images")
-    task: Any = data.tasks[0].task
-    check_images(task, "data.tasks.0")
+    task = image_task(data.tasks[0].task, "data.tasks.0")
     prompts = model.prompts or Classes(names=tuple(task.vocabulary))
     try:
         config = ImageModel(

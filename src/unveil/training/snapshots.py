@@ -10,14 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-
-Name = Literal["reference", "old", "ema"]
 
 
 @dataclass(kw_only=True)

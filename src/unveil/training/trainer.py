@@ -131,8 +131,8 @@ class Trainer:
         self.denoiser, self.optim, self.checkpoints = denoiser, optim, checkpoints
         self.updates, self.eval_every, self.run, self.ranks = updates, eval_every, run, ranks
         self.adapter, self.shards = adapter, shards
-        moving = snapshots.reference_sync is not None
-        self.snapshots = Snapshots(denoiser, snapshots, keep_reference=keep_reference and (adapter is None or moving))
+        kept = keep_reference and (adapter is None or snapshots.moves_reference)
+        self.snapshots = Snapshots(denoiser, snapshots, keep_reference=kept)
         # Taken while the weights are split: the network's own parameters are others when they are whole.
         self.named = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
         self.parameters = list(self.named.values())
@@ -165,6 +165,10 @@ class Trainer:
         if self.adapter is not None and "reference" not in self.snapshots.sets:
             return self.adapter.off()
         return self._using("reference")
+
+    def using(self, name: str) -> Any:
+        """Context in which the denoiser is a snapshot, or the ``policy`` as it is."""
+        return self.reference() if name == "reference" else self._using(name)
 
     def evaluated(self) -> Any:
         """Context in which the denoiser is what gets evaluated and saved (the average where one is kept)."""
@@ -200,7 +204,7 @@ class Trainer:
                     group["lr"] = lr * group["scale"]
                 metrics = job.update(self.done, self.optimise)
                 self.done += 1
-                self.snapshots.after_update(self.done)
+                metrics |= self.snapshots.after_update(self.done, metrics.get("kl"))
                 self.cost.seconds += time.perf_counter() - started
                 metrics |= {"lr": lr, "forwards": self.cost.forwards, "seconds": self.cost.seconds}
                 if self.ranks.main:

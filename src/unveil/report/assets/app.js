@@ -2,6 +2,7 @@
 // Whatever comes from the run reaches the page as text nodes, never as markup.
 
 const data = JSON.parse(document.getElementById("data").textContent);
+const isImages = data.samples.some((sample) => sample.image) || data.trajectories.some((one) => one.steps[0]?.image);
 const byId = (id) => document.getElementById(id);
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 const unique = (values) => [...new Set(values)];
@@ -261,25 +262,36 @@ function panel(choice, label) {
     node.append(make("p", { class: "empty" }, "No trajectory for this choice."));
     return { node, length: 1, draw() {} };
   }
+  const bars = strip(trajectory);
+  const content = trajectory.steps[0].image ? pictures(trajectory, label) : canvas(trajectory, label);
+  node.append(bars, verdict(trajectory), ...content.nodes);
+  const draw = (wanted) => {
+    const index = Math.min(wanted, trajectory.steps.length) - 1;
+    content.draw(index);
+    [...bars.children].forEach((bar, place) => bar.classList.toggle("now", place === index));
+    const { correct } = trajectory.steps[index];
+    return `${label} ${correct == null ? "not judged" : correct ? "right" : "wrong"}`;
+  };
+  return { node, length: trajectory.steps.length, draw };
+}
+
+/** The canvas of a trajectory of tokens, and the guess at a step in words. */
+function canvas(trajectory, label) {
   trajectory.standing ??= standing(trajectory);
   trajectory.widths ??= trajectory.steps[0].tokens.map((_, place) => Math.min(16, Math.max(1,
     ...trajectory.steps.map((step) => Math.max(visible(step.tokens[place] ?? "").length, visible(step.guess?.[place] ?? "").length)))));
   const dense = trajectory.widths.length > 64 ? " dense" : "";
   const tokens = make("ol", { class: `tokens${dense}`, "aria-label": `canvas of ${label}` });
-  const [guess, bars] = [make("dl", { class: "guess" }), strip(trajectory)];
-  node.append(bars, verdict(trajectory), tokens, guess);
-  const draw = (wanted) => {
-    const index = Math.min(wanted, trajectory.steps.length) - 1;
+  const guess = make("dl", { class: "guess" });
+  const draw = (index) => {
     const step = trajectory.steps[index];
     tokens.replaceChildren(...step.tokens.map((_, place) => tokenBox(trajectory, index, place)));
     const text = make("span", { class: "mono guess-text" }, step.text ?? (step.guess ?? []).join(" "));
     const score = step.score == null ? null : make("small", {}, `score ${shortScore(step.score)}`);
     guess.replaceChildren(make("dt", {}, `guess at step ${index + 1}`), make("dd", {}, mark(step.correct), text, score),
       ...(trajectory.reference == null ? [] : [make("dt", {}, "a solution"), make("dd", { class: "mono reference" }, trajectory.reference)]));
-    [...bars.children].forEach((bar, place) => bar.classList.toggle("now", place === index));
-    return `${label} ${step.correct == null ? "not judged" : step.correct ? "right" : "wrong"}`;
   };
-  return { node, length: trajectory.steps.length, draw };
+  return { nodes: [tokens, guess], draw };
 }
 
 let panels = [];
@@ -350,6 +362,8 @@ function drawTrajectories() {
     view.problem = event.target.value;
     drawPanels();
   });
+  document.querySelectorAll(".of-tokens").forEach((node) => (node.hidden = isImages));
+  document.querySelectorAll(".of-images").forEach((node) => (node.hidden = !isImages));
   byId("compare").checked = all.length > 1;
   byId("compare").addEventListener("change", drawPanels);
   byId("show-guesses").addEventListener("change", drawPanels);
@@ -362,6 +376,7 @@ function drawTrajectories() {
     byId("ramp").style.background = rampImage();
     drawPanels();
   });
+  if (isImages) Object.assign(byId("step"), { max: Math.max(...all.map((one) => one.steps.length)), value: 10 ** 6 }); // begin at the end
 }
 
 // Start
@@ -374,7 +389,10 @@ drawHeader();
 drawTable();
 drawTrajectories();
 drawGuesses();
+drawAlongSteps();
+drawWatched();
 drawCurves();
-drawSamples();
+if (isImages) drawImageGrid();
+else drawSamples();
 drawAll();
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);

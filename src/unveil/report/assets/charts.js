@@ -180,11 +180,12 @@ const rampImage = () => `linear-gradient(90deg, ${[0, 0.25, 0.5, 0.75, 1].map(rg
 function drawGuesses() {
   const map = data.guesses;
   if (!map) {
+    byId("guesses").hidden = byId("guesses-link").hidden = isImages;
     byId("guess-body").append(make("p", { class: "empty" }, "The training lines hold no guess_accuracy."));
     return;
   }
-  const [columns, steps] = [map.accuracy.length, map.accuracy[0].length];
-  const values = map.accuracy.flat().filter((value) => value != null);
+  const [columns, steps] = [map.values.length, map.values[0].length];
+  const values = map.values.flat().filter((value) => value != null);
   const [least, most] = [values.reduce((a, b) => Math.min(a, b), 1), values.reduce((a, b) => Math.max(a, b), 0)];
   const canvas = make("canvas", { width: columns, height: steps, tabindex: "0", role: "img",
     "aria-label": `Guess accuracy for ${columns} spans of updates and ${steps} denoising steps. Arrow keys read single cells.` });
@@ -200,7 +201,7 @@ function drawGuesses() {
   const read = (column, step) => {
     cell.column = Math.min(columns - 1, Math.max(0, column));
     cell.step = Math.min(steps - 1, Math.max(0, step));
-    readout.textContent = `${span(cell.column, cell.column)}, step ${cell.step + 1}: ${percent(map.accuracy[cell.column][cell.step])}`;
+    readout.textContent = `${span(cell.column, cell.column)}, step ${cell.step + 1}: ${percent(map.values[cell.column][cell.step])}`;
   };
   canvas.addEventListener("pointermove", (event) => read(Math.floor((event.offsetX / canvas.clientWidth) * columns),
     steps - 1 - Math.floor((event.offsetY / canvas.clientHeight) * steps)));
@@ -213,17 +214,17 @@ function drawGuesses() {
   drawings.push(() => {
     const context = canvas.getContext("2d");
     scale.style.background = rampImage();
-    map.accuracy.forEach((column, x) => column.forEach((value, step) => {
+    map.values.forEach((column, x) => column.forEach((value, step) => {
       context.fillStyle = value == null ? colour("track") : rgb((value - least) / (most - least || 1));
       context.fillRect(x, steps - 1 - step, 1, 1);
     }));
   });
   const part = Math.max(1, Math.floor(columns / 8));
-  const mean = (from) => map.accuracy[0].map((_, step) => {
-    const known = map.accuracy.slice(from, from + part).map((column) => column[step]).filter((value) => value != null);
+  const mean = (from) => map.values[0].map((_, step) => {
+    const known = map.values.slice(from, from + part).map((column) => column[step]).filter((value) => value != null);
     return known.length ? known.reduce((a, b) => a + b) / known.length : null;
   });
-  const [x, first, last] = [map.accuracy[0].map((_, step) => step + 1), mean(0), mean(columns - part)];
+  const [x, first, last] = [map.values[0].map((_, step) => step + 1), mean(0), mean(columns - part)];
   const { caption } = figure(byId("guess-body"), { title: "Along the steps", percent: true, height: 240, x: "denoising step" }, () => [
     { x, y: first, label: span(0, part - 1), colour: "c0", dots: true, dash: [7, 4] },
     ...(columns > 1 ? [{ x, y: last, label: span(columns - part, columns - 1), colour: "c1", dots: true }] : []),
