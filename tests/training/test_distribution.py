@@ -92,7 +92,7 @@ def at_full_size(name: str, folder: Path, **optim: Any) -> TrainRecipe:
             (folder / f"gsm8k-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums))
     made = test_full_recipes.cut_down(name, folder)
     made.policy.reward = test_full_recipes.Spread()
-    made.optim = replace(made.optim, **({"precision": "fp32"} | optim))
+    made.optim = replace(made.optim, **({"precision": "fp32", "schedule": "constant", "warmup": 0} | optim))
     return made
 
 
