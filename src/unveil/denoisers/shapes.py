@@ -170,5 +170,6 @@ def _decoder(config: Mapping[str, Any], kind: str) -> Shape:
     return Shape(
         layers=config["num_hidden_layers"], dim=dim, queries=queries, keys=keys, hidden=hidden,
         vocabulary=config["vocab_size"], tied=bool(config.get("tie_word_embeddings")), stored_hidden=stored,
-        experts=config.get("num_experts", 0), dense=dense, norms=norms, context=config.get("max_position_embeddings", 0),
+        experts=config.get("num_experts", 0), dense=dense, norms=norms,
+        context=config.get("max_position_embeddings", 0),
     )  # fmt: skip
