@@ -78,8 +78,45 @@ def teaching(folder: Path) -> PretrainRecipe:
     )
 
 
+def at_full_size(name: str, folder: Path, **optim: Any) -> TrainRecipe:
+    """A recipe of a published model: its layers recomputed in the backward pass, its output layer called in pieces."""
+    import published
+    import test_full_recipes
+
+    if not (folder / "llada").is_dir():
+        for model in ("llada", "dream"):
+            size = {"llada": "max_sequence_length", "dream": "max_position_embeddings"}[model]
+            published.write(folder / model, model, **{size: 512})
+        for split, first in (("train", 0), ("test", 50)):
+            sums = [{"question": f"what is {n} + 1?", "answer": f"#### {n + 1}"} for n in range(first, first + 8)]
+            (folder / f"gsm8k-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums))
+    made = test_full_recipes.cut_down(name, folder)
+    made.policy.reward = test_full_recipes.Spread()
+    made.optim = replace(made.optim, **({"precision": "fp32"} | optim))
+    return made
+
+
+def full_mdpo(folder: Path) -> TrainRecipe:
+    return at_full_size("mdpo", folder)
+
+
+def full_dcolt(folder: Path) -> TrainRecipe:
+    """Beside the denoiser a network of the order learns, which no layer holds."""
+    return at_full_size("dcolt", folder)
+
+
+def full_igpo(folder: Path) -> TrainRecipe:
+    """Adapters on frozen weights of bf16."""
+    return at_full_size("igpo", folder)
+
+
+def half(folder: Path) -> TrainRecipe:
+    return at_full_size("dcolt", folder, precision="bf16")
+
+
 KINDS: dict[str, Callable[[Path], Recipe]] = {
-    kind.__name__: kind for kind in (repaired, moved, one_group, adapters, teaching)
+    kind.__name__: kind
+    for kind in (repaired, moved, one_group, adapters, teaching, full_mdpo, full_dcolt, full_igpo, half)
 }
 DEFAULT = [("repaired", "none"), ("repaired", "full"), ("moved", "full"), ("one_group", "none"), ("teaching", "full")]
 """A kind of run, and what is split."""
@@ -125,7 +162,7 @@ def launch(code: str, *arguments: str, world: int = 2, **environment: str) -> No
         for rank in range(world)
     ]
     try:
-        assert [process.wait(timeout=100) for process in processes] == [0] * world
+        assert [process.wait(timeout=240) for process in processes] == [0] * world
     finally:
         for process in processes:
             if process.poll() is None:
@@ -181,17 +218,18 @@ def distance(left: Any, right: Any) -> float:
     return 0.0
 
 
-def check_equal(folder: Path, kind: str, shard: str) -> None:
+def check_equal(folder: Path, kind: str, shard: str, *, weights_within: float = 1e-5) -> None:
     one, two = folder / kind, folder / f"{kind}-{shard}"
     states = [tiny.newest(one), tiny.newest(two)]
     weights = states[0]["weights"]
     start = tiny.newest_but_one(one)["weights"]
     assert distance(start, weights) > 5e-5  # steps of 1e-4
     # Adam divides by |g|, so a difference in a gradient near zero can show; the gradients' sums agree to 1e-6.
+    assert distance(*(state.pop("weights") for state in states)) < weights_within
     assert distance(*states) < 1e-5
     assert (two / "checkpoints" / f"update-{UPDATES:06d}" / "shards").is_dir() == (shard != "none")
     models = [load_file(path / "model" / "model.safetensors") for path in (one, two)]
-    assert distance(*models) < 1e-5
+    assert distance(*models) < weights_within
     logged = [logged_lines(path, "eval", "train") for path in (one, two)]
     assert len(logged[0]) == UPDATES + 2 and distance(*logged) < 1e-4  # of everything, and not of rank 0's share
 
@@ -286,3 +324,17 @@ def test_two_processes_equal_one_whatever_is_trained(tmp_path: Path) -> None:
     two(tmp_path, [planned(*one) for one in SLOW])
     for kind, shard in SLOW:
         check_equal(tmp_path, kind, shard)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_with_published_models(tmp_path: Path) -> None:
+    kinds = ["full_mdpo", "full_igpo", "full_dcolt"]
+    for kind in kinds:
+        run(make(tmp_path, kind), tmp_path / kind)
+    two(tmp_path, [planned(kind, "full") for kind in [*kinds, "half"]])
+    for kind in kinds:
+        # Some weights of the network of the order have no gradient but rounding errors, and Adam follows those.
+        check_equal(tmp_path, kind, "full", weights_within=4e-4 if kind == "full_dcolt" else 1e-5)
+    # Split weights are gathered in bf16, whole ones are not: the two draw other samples.
+    for line in logged_lines(tmp_path / "half-full", "train"):
+        assert line["skipped"] == 0 and 0 < line["grad_norm"] < 100 and line["ratio_deviation"] < 0.3

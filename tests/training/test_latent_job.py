@@ -20,6 +20,7 @@ import tiny as words
 import tiny_images as tiny
 from unveil.learning.advantages import PromptHistory
 from unveil.learning.latents import TransitionLikelihood
+from unveil.learning.noised import MatchingLikelihood
 from unveil.learning.objectives import Clipped, Reinforce, TokenSum
 from unveil.learning.regularisers import Kl, MeanSpace, Velocity
 from unveil.learning.views import Inner, Scores
@@ -350,6 +351,23 @@ def test_several_regularisers_hold_to_several_snapshots(tmp_path: Path) -> None:
     job.trainer.snapshots.after_update(1)
     metrics = Spied(job).update()
     assert metrics["kl"] > 0 and metrics["prox"] > 0
+
+
+def test_regularisers_towards_one_snapshot_share_its_evaluations(tmp_path: Path) -> None:
+    def forwards(**more: Any) -> int:
+        job = tiny.job(tmp_path, tiny.policy(kl=MeanSpace(beta=0.1), regularisers=more))
+        Spied(job).update()
+        return job.trainer.cost.forwards
+
+    assert forwards(far=Velocity(beta=0.1)) == forwards() == 8 * 5 + 2 * 8 * 5
+
+
+def test_a_regulariser_without_its_numbers_is_refused() -> None:
+    with pytest.raises(UserError, match="kl: 'mean_space' reads the mean of a step, which the likelihood 'matching'"):
+        tiny.policy(kl=MeanSpace(beta=0.1), likelihood=MatchingLikelihood())
+    with pytest.raises(UserError, match=r"regularisers\.far: 'velocity' reads the velocity of a step, .* 'trajectory'"):
+        words.policy("mdpo", regularisers={"far": Velocity(beta=0.1)})
+    assert tiny.policy(kl=Velocity(beta=0.1), likelihood=MatchingLikelihood())
 
 
 def test_minibatches_deal_out_all_chains_once(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from unveil import __version__
 from unveil.cli.output import print_json
 from unveil.registry import UserError
 
-COMMANDS = ("systems", "pretrain", "train", "decode", "eval", "score", "diagnose", "reproduce", "bench", "view")
+COMMANDS = ("systems", "plan", "pretrain", "train", "decode", "eval", "score", "diagnose", "reproduce", "bench", "view")
 DONE, FELL_SHORT, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 

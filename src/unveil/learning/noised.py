@@ -67,6 +67,7 @@ class MatchingLikelihood(Likelihood, name="matching"):
     """Minus the matching loss of the finished sample, averaged over ``draws`` noisy copies: with a weight for an
     advantage it is weighted regression, and the ancestor of AWM and DiffusionNFT."""
 
+    gives: ClassVar[frozenset[str]] = frozenset({"velocity"})
     resamples = True
     per_step: ClassVar[bool] = False
     draws: Annotated[int, Field(ge=1)] = 1

@@ -115,6 +115,8 @@ class Likelihood(Plugin, family="likelihood"):
     per_step: ClassVar[bool] = True
     """True if views belong to steps (a selector chooses which), False if they stand for the whole chain."""
 
+    gives: ClassVar[frozenset[str]] = frozenset()
+    """Fields of `Scores` that it fills besides log-probabilities and entropies."""
     replays: ClassVar[bool] = False
     """True if ratios are taken against what the rollout recorded, which then runs in the precision of training."""
     reads_old: ClassVar[frozenset[str]] = frozenset()

@@ -116,11 +116,14 @@ class GradientSteps:
 
     def compare(self, batches: list[Batch]) -> None:
         """Let the snapshots that hold the policy back score the batches."""
-        for name, regulariser in self.policy.in_force.items():
-            with self.trainer.using(regulariser.towards):
+        in_force = self.policy.in_force
+        for snapshot in dict.fromkeys(one.towards for one in in_force.values()):
+            own = {name: one.reads for name, one in in_force.items() if one.towards == snapshot}
+            with self.trainer.using(snapshot):
                 for batch in batches:
                     scores = self.score_all(batch.views, batch.parts)
-                    batch.others[name] = [one.only(regulariser.reads) for one in scores]
+                    for name, reads in own.items():
+                        batch.others[name] = [one.only(reads) for one in scores]
 
     def losses(self, batch: Batch) -> Iterator[Callable[[], Tensor]]:
         """One closure per micro-batch; their sum is the loss of the gradient step."""

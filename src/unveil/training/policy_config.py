@@ -127,6 +127,12 @@ class PolicyConfig:
             raise UserError(f"shaping: it changes the sum, and {advantage.name!r} reads its parts (allowed: null)")
         if "kl" in self.regularisers:
             raise UserError("regularisers.kl: the name is that of `kl` (allowed: any other)")
+        for name, one in self.in_force.items():
+            if missing := sorted(one.reads - likelihood.gives):
+                raise UserError(
+                    f"{_key(name)}: {one.name!r} reads the {missing[0]} of a step, which the likelihood "
+                    f"{likelihood.name!r} does not give"
+                )
         if not advantage.per_step:
             return
         if self.objective.level == "sequence":
