@@ -8,7 +8,6 @@ import math
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -235,8 +234,7 @@ class PolicyJob:
         ]
 
         def drawn(part: slice) -> Any:
-            precision = self.trainer.autocast() if self.policy.likelihood.replays else nullcontext()
-            with self.trainer.using(rollout.drawn_by), precision:
+            with self.trainer.using(rollout.drawn_by), self.trainer.autocast():
                 trajectory = sample_problems(
                     self.denoiser, problems[part], sampler or self._sampler(update),
                     response_length=rollout.response_length, seed=derive_seed(self.seed, "rollout", update, *own),
