@@ -140,8 +140,8 @@ class GradientSteps:
             step, *rest = (torch.cat(column) for column in zip(*units, strict=True))
             for number in range(int(step.max()) + 1):
                 own = step == number
-                said = objective.diagnostics(*(column[own] for column in rest)) if own.any() else {}
-                for name in objective.diagnostics(*rest):
+                said = objective.step_diagnostics(*(column[own] for column in rest)) if own.any() else {}
+                for name in objective.step_diagnostics(*rest):
                     values.setdefault(f"steps/{name}", []).append(said.get(name))
         batch.diagnostics, batch.units = Means(), []
         return values
