@@ -23,28 +23,23 @@ import torch
 
 from unveil.claims.image_learning import (
     LEARNING_RATES,
-    STEPS,
     Method,
     best_rates,
+    distance_check,
+    flow_grpo,
     learn,
     ode,
+    ratio_check,
     table,
-    times_faster,
 )
-from unveil.claims.laboratory import TUNING_SEED, Measured, Report, mean, total_cost, two_processes, verdict
-from unveil.learning.objectives import Clipped
-from unveil.learning.regularisers import MeanSpace
+from unveil.claims.laboratory import TUNING_SEED, Measured, Report, total_cost, two_processes, verdict
 from unveil.learning.views import Scores
 from unveil.processes.kernels import FlowSde
-from unveil.samplers.grids import Uniform
 from unveil.samplers.latent_solvers import DpmSolver2M
 from unveil.systems.diffusion_nft import BranchViews, DiffusionNft, ImplicitLikelihood, Optimality, old_schedule
-from unveil.systems.flow_grpo import variant
 from unveil.training.snapshots import SnapshotConfig
 
 UPDATES = 40
-CLIP = 3e-3
-"""Of Flow-GRPO: 1e-4 for 65,536 dimensions is as much for 64."""
 TUNED = ("diffusion_nft", "flow_grpo")
 ABLATIONS = ("positive branch", "old by copies", "beta 0.1", "SDE rollouts")
 FASTER, CHEAPER, NEARER, NEGATIVE = 1.7, 1.2, 0.92, 1.6
@@ -84,13 +79,6 @@ def reproduce(seeds: int, quick: bool, out: Path, report: Report) -> Measured:
         "cost": total_cost(trained, time.perf_counter() - started),
         "table": table(by_method, rates),
     }
-
-
-def flow_grpo() -> Method:
-    """The baseline, with the clip range of 64 dimensions and no KL."""
-    sampler, choices = variant("full", steps=STEPS, grid=Uniform(shift=3.0))
-    own = {"objective": Clipped(clip=CLIP, level="step"), "kl": MeanSpace(beta=0.0)}
-    return Method(sampler=sampler, choices=vars(choices) | own)
 
 
 def diffusion_nft(name: str = "diffusion_nft") -> Method:
@@ -157,27 +145,9 @@ def _exact_check(found: Measured) -> Measured:
 
 def _checks(by_method: dict[str, list[Measured]]) -> list[Measured]:
     own, other, positive = (by_method[name] for name in ("diffusion_nft", "flow_grpo", "positive branch"))
-
-    def ratio(name: str, slow: list[Measured], least: float, key: str = "epochs") -> Measured:
-        found = times_faster(slow, own, key)
-        return {
-            "name": name,
-            "demand": f">= {least:g}, in the mean",
-            "measured": f"{mean(slow, key):.0f} against {mean(own, key):.0f}: {found:.2f}",
-            "holds": found >= least,
-            "per_seed": [{"other": a[key], "own": b[key]} for a, b in zip(slow, own, strict=True)],
-        }
-
-    near, far = mean(own, "distance"), mean(other, "distance")
     return [
-        ratio("2 updates to the goal, Flow-GRPO / DiffusionNFT", other, FASTER),
-        ratio("3 network evaluations to the goal, Flow-GRPO / DiffusionNFT", other, CHEAPER, "spent"),
-        {
-            "name": "4 distance to real images at the goal",
-            "demand": f"<= {NEARER:g} of Flow-GRPO's, in the mean",
-            "measured": f"{near:.3f} against {far:.3f}: {near / far:.2f}",
-            "holds": all(run["reached"] is not None for run in own) and near <= NEARER * far,
-            "per_seed": [{"other": a["distance"], "own": b["distance"]} for a, b in zip(other, own, strict=True)],
-        },
-        ratio("5 updates to the goal, without / with the negative branch", positive, NEGATIVE),
-    ]  # fmt: skip
+        ratio_check("2 updates to the goal, Flow-GRPO / DiffusionNFT", other, own, FASTER),
+        ratio_check("3 network evaluations to the goal, Flow-GRPO / DiffusionNFT", other, own, CHEAPER, "spent"),
+        distance_check("4 distance to real images at the goal", other, own, NEARER),
+        ratio_check("5 updates to the goal, without / with the negative branch", positive, own, NEGATIVE),
+    ]
