@@ -213,6 +213,7 @@ class GradientSteps:
             weight = batch.kl_weight[slice(*part)].to(device)
             distance, weight = regulariser.penalty(views, scores, batch.others[name][number], weight)
             loss = loss + regulariser.beta * (weight * distance).sum()
-            if len(distance):
-                batch.diagnostics.add({name: distance.detach().mean().item()}, len(distance))
+            held = distance.detach()[weight > 0]  # what a gate lets go is no part of the mean
+            if len(held):
+                batch.diagnostics.add({name: held.mean().item()}, len(held))
         return loss
