@@ -117,8 +117,6 @@ class Likelihood(Plugin, family="likelihood"):
 
     gives: ClassVar[frozenset[str]] = frozenset()
     """Fields of `Scores` that it fills besides log-probabilities and entropies."""
-    replays: ClassVar[bool] = False
-    """True if ratios are taken against what the rollout recorded, which then runs in the precision of training."""
     reads_old: ClassVar[frozenset[str]] = frozenset()
     """Fields of `Scores` that `against` reads of the policy that drew the chains, besides the log-probabilities."""
 

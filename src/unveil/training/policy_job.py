@@ -8,7 +8,6 @@ import math
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unveil.learning.advantages import terminal
 from unveil.learning.views import Inner
 from unveil.registry import UserError
 from unveil.samplers.base import Sampler
@@ -114,7 +114,9 @@ class PolicyJob:
         trajectory = rollouts.trajectory
         scored = self._count_failures(update, metrics)
         advantages = outcome.advantages(policy.advantage, policy.reward.part_weights)
+        kept = policy.selector.chains(terminal(advantages, outcome.active), outcome.group, policy.rollout.sampler)
         metrics |= {
+            "trained_chains": kept.float().mean().item(),
             "advantage_abs": (advantages.abs().sum() / outcome.active.sum().clamp(min=1)).item(),
             "zero_variance_groups": outcome.equal_groups().float().mean().item(),
         }
@@ -122,6 +124,7 @@ class PolicyJob:
         chosen = trajectory.active.float()
         if policy.likelihood.per_step:
             chosen = policy.selector.choose(advantages, trajectory, rollouts.seeds, self.denoiser.spec)
+            chosen = chosen * kept[own, None]
         inner = policy.inner_updates
         views = inner if policy.likelihood.resamples else 1
         shares = self._shares(update, rollouts, advantages, chosen)
@@ -242,8 +245,7 @@ class PolicyJob:
         ]
 
         def drawn(part: slice) -> Any:
-            precision = self.trainer.autocast() if self.policy.likelihood.replays else nullcontext()
-            with self.trainer.using(rollout.drawn_by), precision:
+            with self.trainer.using(rollout.drawn_by), self.trainer.autocast():
                 trajectory = sample_problems(
                     self.denoiser, problems[part], sampler or self._sampler(update),
                     response_length=rollout.response_length, seed=derive_seed(self.seed, "rollout", update, *own),
