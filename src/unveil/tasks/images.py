@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
 import zlib
 from collections.abc import Sequence
@@ -169,11 +170,11 @@ class LabelledImages(ImageTask):
         }
 
 
-def require(package: str, extra: str = "image") -> None:
-    """Raises:
-    UserError: an optional package is not installed.
-    """
-    import importlib.util
+def require(package: str) -> None:
+    """See that a package of the extra ``image`` is there.
 
+    Raises:
+        UserError: it is not installed.
+    """
     if importlib.util.find_spec(package) is None:
-        raise UserError(f"{package} is not installed (pip install 'unveil[{extra}]')")
+        raise UserError(f"{package} is not installed (pip install 'unveil[image]')")
