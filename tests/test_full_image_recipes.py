@@ -44,6 +44,10 @@ def cut_down(name: str, folder: Path) -> TrainRecipe:
     policy["task"] |= {"train_file": str(folder / "prompts.txt")}
     if policy["reward"]["name"] == "clip":
         policy["reward"] = {"name": "pixels", "statistic": "brightness"}
+    if (policy["task"].get("judge") or {}).get("name") == "clip":
+        policy["task"]["judge"] = {"name": "pixels", "statistic": "brightness"}
+    if policy["likelihood"].get("draws"):
+        policy["likelihood"]["draws"] = 2
     rollout = policy["rollout"]
     samplers = [rollout["sampler"], *data["eval"]["decoders"].values()]
     for sampler in samplers:
