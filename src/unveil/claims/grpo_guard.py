@@ -280,11 +280,11 @@ def _learning_checks(by_method: dict[str, list[Measured]]) -> list[Measured]:
     checks: list[Measured] = []
     for level in LEVELS:
         pairs = [
-            {"flow_grpo": _at(plain, level), "guard": _at(guard, level)}
+            (_at(plain, level), _at(guard, level))
             for plain, guard in zip(by_method["flow_grpo"], by_method["guard"], strict=True)
         ]
-        known = [pair for pair in pairs if None not in pair.values()]
-        means = [statistics.mean(pair[name] for pair in known) for name in ("flow_grpo", "guard")] if known else [1, 1]
+        known = [(plain, guard) for plain, guard in pairs if plain is not None and guard is not None]
+        means = [statistics.mean(pair[place] for pair in known) if known else 1.0 for place in (0, 1)]
         gain = 1 - means[1] / means[0]
         checks.append(
             {
@@ -293,7 +293,7 @@ def _learning_checks(by_method: dict[str, list[Measured]]) -> list[Measured]:
                 "measured": f"{means[1]:.3f} against {means[0]:.3f}: {100 * gain:.1f} % lower, {len(known)} of "
                 f"{len(pairs)} seeds",
                 "holds": len(known) == len(pairs) and gain >= NEARER,
-                "per_seed": pairs,
+                "per_seed": [{"flow_grpo": plain, "guard": guard} for plain, guard in pairs],
             }
         )
     ends = [mean(by_method[name], "end") for name in ("flow_grpo", "guard")]
