@@ -42,6 +42,7 @@ from unveil.denoisers.load import load_denoiser
 from unveil.learning.objectives import Clipped
 from unveil.processes.gaussian import Gaussian
 from unveil.processes.kernels import FlowSde
+from unveil.rewards.base import Metadata
 from unveil.rewards.images import ClassProbability
 from unveil.samplers.grids import Uniform
 from unveil.samplers.latent import LatentSampler
@@ -157,7 +158,7 @@ def _policy(out: Path, seed: int, method: str, clip: float, updates: int) -> Mea
 
     def measure(job: PolicyJob) -> Measured:
         found = evaluate(denoiser, task, held_out, decoder, seed=seed)
-        told = [{**problem.answer} for problem in held_out]
+        told: list[Metadata] = [problem.answer for problem in held_out]
         prompts = [problem.prompt for problem in held_out]
         proxy = statistics.mean(policy.reward.scores(list(found.judged.samples), prompts, told))  # type: ignore[type-var]
         own = {name: found.numbers[f"measure/{name}"] for name in ("distance", "diversity", "frechet")}
@@ -244,15 +245,15 @@ def _ratio_checks(ratios: dict[tuple[int, float, str], Measured], seeds: int) ->
     def all_of(key: str, *noises: float) -> list[float]:
         return [own[f"{noise:g}"][key] for own in numbers for noise in noises]
 
-    off, before = all_of("off", *NOISES), all_of("off_baseline", *NOISES)
+    shifted, before = all_of("off", *NOISES), all_of("off_baseline", *NOISES)
     narrowed = all_of("narrowed", *NOISES)
     uneven, uneven_before = all_of("uneven", NOISES[1]), all_of("uneven_baseline", NOISES[1])
     return [
         {
             "name": "2a the mean of the log-ratio",
             "demand": f"within {CENTRED:g} deviations at every step, at both noise levels, on every seed",
-            "measured": f"at most {max(off):.2f} (Flow-GRPO {max(before):.2f})",
-            "holds": max(off) <= CENTRED,
+            "measured": f"at most {max(shifted):.2f} (Flow-GRPO {max(before):.2f})",
+            "holds": max(shifted) <= CENTRED,
             "per_seed": numbers,
         },
         {
