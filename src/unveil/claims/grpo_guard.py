@@ -42,6 +42,7 @@ from unveil.denoisers.load import load_denoiser
 from unveil.learning.objectives import Clipped
 from unveil.processes.gaussian import Gaussian
 from unveil.processes.kernels import FlowSde
+from unveil.rewards.base import Metadata
 from unveil.rewards.images import ClassProbability
 from unveil.samplers.grids import Uniform
 from unveil.samplers.latent import LatentSampler
@@ -157,7 +158,7 @@ def _policy(out: Path, seed: int, method: str, clip: float, updates: int) -> Mea
 
     def measure(job: PolicyJob) -> Measured:
         found = evaluate(denoiser, task, held_out, decoder, seed=seed)
-        told = [{**problem.answer} for problem in held_out]
+        told: list[Metadata] = [problem.answer for problem in held_out]
         prompts = [problem.prompt for problem in held_out]
         proxy = statistics.mean(policy.reward.scores(list(found.judged.samples), prompts, told))  # type: ignore[type-var]
         own = {name: found.numbers[f"measure/{name}"] for name in ("distance", "diversity", "frechet")}
@@ -244,15 +245,15 @@ def _ratio_checks(ratios: dict[tuple[int, float, str], Measured], seeds: int) ->
     def all_of(key: str, *noises: float) -> list[float]:
         return [own[f"{noise:g}"][key] for own in numbers for noise in noises]
 
-    off, before = all_of("off", *NOISES), all_of("off_baseline", *NOISES)
+    shifted, before = all_of("off", *NOISES), all_of("off_baseline", *NOISES)
     narrowed = all_of("narrowed", *NOISES)
     uneven, uneven_before = all_of("uneven", NOISES[1]), all_of("uneven_baseline", NOISES[1])
     return [
         {
             "name": "2a the mean of the log-ratio",
             "demand": f"within {CENTRED:g} deviations at every step, at both noise levels, on every seed",
-            "measured": f"at most {max(off):.2f} (Flow-GRPO {max(before):.2f})",
-            "holds": max(off) <= CENTRED,
+            "measured": f"at most {max(shifted):.2f} (Flow-GRPO {max(before):.2f})",
+            "holds": max(shifted) <= CENTRED,
             "per_seed": numbers,
         },
         {
@@ -280,11 +281,11 @@ def _learning_checks(by_method: dict[str, list[Measured]]) -> list[Measured]:
     checks: list[Measured] = []
     for level in LEVELS:
         pairs = [
-            {"flow_grpo": _at(plain, level), "guard": _at(guard, level)}
+            (_at(plain, level), _at(guard, level))
             for plain, guard in zip(by_method["flow_grpo"], by_method["guard"], strict=True)
         ]
-        known = [pair for pair in pairs if None not in pair.values()]
-        means = [statistics.mean(pair[name] for pair in known) for name in ("flow_grpo", "guard")] if known else [1, 1]
+        known = [(plain, guard) for plain, guard in pairs if plain is not None and guard is not None]
+        means = [statistics.mean(pair[place] for pair in known) if known else 1.0 for place in (0, 1)]
         gain = 1 - means[1] / means[0]
         checks.append(
             {
@@ -293,7 +294,7 @@ def _learning_checks(by_method: dict[str, list[Measured]]) -> list[Measured]:
                 "measured": f"{means[1]:.3f} against {means[0]:.3f}: {100 * gain:.1f} % lower, {len(known)} of "
                 f"{len(pairs)} seeds",
                 "holds": len(known) == len(pairs) and gain >= NEARER,
-                "per_seed": pairs,
+                "per_seed": [{"flow_grpo": plain, "guard": guard} for plain, guard in pairs],
             }
         )
     ends = [mean(by_method[name], "end") for name in ("flow_grpo", "guard")]

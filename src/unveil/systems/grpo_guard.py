@@ -25,8 +25,9 @@ step, as ``steps/log_ratio_std``; a clip of about one of them acts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -115,9 +116,9 @@ class StepWeighted(TokenMean, name="by_step"):
     that bracket over t - s. ``std``: of the step (TempFlow-GRPO). ``one``: no factor."""
 
     def weights(
-        self, views: StepViews, advantage: Tensor, trajectory: LatentTrajectory, total: object
+        self, views: Any, advantage: Tensor, trajectory: Any, total: Callable[[float], float]
     ) -> tuple[Tensor, Tensor]:
-        policy, kl = super().weights(views, advantage, trajectory, total)  # type: ignore[arg-type]
+        policy, kl = super().weights(views, advantage, trajectory, total)
         return policy * self.factor(views, trajectory).to(policy)[:, None], kl
 
     def factor(self, views: StepViews, trajectory: LatentTrajectory) -> Tensor:
