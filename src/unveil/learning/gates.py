@@ -17,9 +17,7 @@ class Gate(Plugin, family="gate"):
     reads_audits: ClassVar[bool] = True
     """True if it needs parts of a sum of rewards that have the role ``audit``."""
 
-    def factors(
-        self, rewards: Tensor, audits: Mapping[str, Tensor], group: Tensor
-    ) -> tuple[Tensor, dict[str, float]]:
+    def factors(self, rewards: Tensor, audits: Mapping[str, Tensor], group: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Factors (B,) >= 0, and numbers for the log.
 
         Args:
