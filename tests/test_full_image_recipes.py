@@ -42,10 +42,9 @@ def cut_down(name: str, folder: Path) -> TrainRecipe:
     model["pipeline"] |= {"resolution": 16} | ({"prompt_tokens": 12} if "prompt_tokens" in model["pipeline"] else {})
     model["lora"]["rank"] = 2
     policy["task"] |= {"train_file": str(folder / "prompts.txt")}
-    if policy["reward"]["name"] == "clip":
-        policy["reward"] = {"name": "pixels", "statistic": "brightness"}
-    if (policy["task"].get("judge") or {}).get("name") == "clip":
-        policy["task"]["judge"] = {"name": "pixels", "statistic": "brightness"}
+    for place, key in ((policy, "reward"), (policy["task"], "judge")):
+        if (place.get(key) or {}).get("name") == "clip":
+            place[key] = {"name": "pixels", "statistic": "brightness"}
     if policy["likelihood"].get("draws"):
         policy["likelihood"]["draws"] = 2
     rollout = policy["rollout"]
