@@ -21,6 +21,7 @@ from unveil.cli.recipes import find_recipe
 from unveil.denoisers.image import ImageNetwork, Prompts
 from unveil.denoisers.unmask import UnmaskNetwork
 from unveil.learning.advantages import Advantage
+from unveil.learning.gates import Gate
 from unveil.learning.matching import TimeDistribution
 from unveil.learning.objectives import Objective, Weighting
 from unveil.learning.regularisers import Regulariser
@@ -31,6 +32,7 @@ from unveil.processes.kernels import Kernel
 from unveil.recipe import build, load
 from unveil.registry import Plugin, names
 from unveil.rewards.base import Reward
+from unveil.rewards.features import Features
 from unveil.samplers.actions import Action
 from unveil.samplers.base import Sampler
 from unveil.samplers.caches import Cache
@@ -193,9 +195,38 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize(
     "family",
     [
-        Task, Sampler, Rule, Action, Cache, Solver, Transform, Schedule, GaussianProcess, Grid, LatentSolver,
-        ImageNetwork, Prompts, TimeDistribution, UnmaskNetwork, ProblemFilter, Shaping, GroupHook, Advantage, Selector,
-        Likelihood, TokenFilter, Objective, Weighting, Regulariser, Reward, Kernel, Window, Guidance, Medium,
+        Task,
+        Sampler,
+        Rule,
+        Action,
+        Cache,
+        Solver,
+        Transform,
+        Schedule,
+        GaussianProcess,
+        Grid,
+        LatentSolver,
+        ImageNetwork,
+        Prompts,
+        TimeDistribution,
+        UnmaskNetwork,
+        ProblemFilter,
+        Shaping,
+        GroupHook,
+        Advantage,
+        Selector,
+        Likelihood,
+        TokenFilter,
+        Objective,
+        Weighting,
+        Regulariser,
+        Gate,
+        Features,
+        Reward,
+        Kernel,
+        Window,
+        Guidance,
+        Medium,
     ],
 )
 def test_the_table_of_plug_ins_is_complete(family: type[Plugin]) -> None:

@@ -92,7 +92,7 @@ def at_full_size(name: str, folder: Path, **optim: Any) -> TrainRecipe:
             (folder / f"gsm8k-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums))
     made = test_full_recipes.cut_down(name, folder)
     made.policy.reward = test_full_recipes.Spread()
-    made.optim = replace(made.optim, **({"precision": "fp32"} | optim))
+    made.optim = replace(made.optim, **({"precision": "fp32", "schedule": "constant", "warmup": 0} | optim))
     return made
 
 
@@ -188,9 +188,9 @@ def planned(kind: str, shard: str, name: str = "", updates: int = UPDATES, *, re
     return own | {"port": free_port()}
 
 
-def two(folder: Path, runs: list[dict[str, Any]]) -> None:
-    """Let two processes make these runs."""
-    launch(f"test_distribution.several(sys.argv[2], {runs})", str(folder))
+def two(folder: Path, runs: list[dict[str, Any]], world: int = 2, **environment: str) -> None:
+    """Let two processes make these runs, or more."""
+    launch(f"test_distribution.several(sys.argv[2], {runs})", str(folder), world=world, **environment)
 
 
 def logged_lines(folder: Path, *kinds: str) -> list[dict[str, Any]]:
@@ -230,8 +230,10 @@ def check_equal(folder: Path, kind: str, shard: str, *, weights_within: float = 
     assert (two / "checkpoints" / f"update-{UPDATES:06d}" / "shards").is_dir() == (shard != "none")
     models = [load_file(path / "model" / "model.safetensors") for path in (one, two)]
     assert distance(*models) < weights_within
-    logged = [logged_lines(path, "eval", "train") for path in (one, two)]
-    assert len(logged[0]) == UPDATES + 2 and distance(*logged) < 1e-4  # of everything, and not of rank 0's share
+    # Of everything, not of rank 0. Later evaluations may differ: rounding turns near ties of greedy decoding.
+    logged = [[one for one in logged_lines(path, "eval", "train") if one["kind"] == "train" or not one["step"]]
+              for path in (one, two)]  # fmt: skip
+    assert len(logged[0]) == UPDATES + 1 and distance(*logged) < 1e-4
 
 
 def test_one_process_needs_no_configuration() -> None:
@@ -338,3 +340,17 @@ def test_two_processes_equal_one_with_published_models(tmp_path: Path) -> None:
     # Split weights are gathered in bf16, whole ones are not: the two draw other samples.
     for line in logged_lines(tmp_path / "half-full", "train"):
         assert line["skipped"] == 0 and 0 < line["grad_norm"] < 100 and line["ratio_deviation"] < 0.3
+
+
+@pytest.mark.slow
+def test_two_nodes_of_two_processes_equal_one(tmp_path: Path) -> None:
+    """Split within a node, the same on both; resumed by one process, and by nodes from one process's checkpoint."""
+    run(make(tmp_path, "moved"), tmp_path / "moved")
+    run(make(tmp_path, "moved", updates=UPDATES + 1), tmp_path / "undisturbed")
+    shutil.copytree(tmp_path / "moved", tmp_path / "one-to-four")
+    again = planned("moved", "node", "one-to-four", UPDATES + 1, resume=True)
+    two(tmp_path, [planned("moved", "node"), again], world=4, LOCAL_WORLD_SIZE="2")
+    check_equal(tmp_path, "moved", "node")
+    run(make(tmp_path, "moved", updates=UPDATES + 1), tmp_path / "moved-node", resume=True)
+    for name in ("one-to-four", "moved-node"):
+        assert distance(tiny.newest(tmp_path / "undisturbed"), tiny.newest(tmp_path / name)) < 1e-5

@@ -170,6 +170,15 @@ def test_bf16_gradients_are_near_those_of_fp32(tmp_path: Path) -> None:
             tiny.policy("mdpo", kl=Kl()),
             optim=OptimConfig(lr=1e-3, precision=precision, max_grad_norm=1e9),  # type: ignore[arg-type]
         )
+        draw, own = job._sampled, job.trainer.optim
+
+        def sampled(update: int, draw: Any = draw, own: Any = own, precision: str = precision) -> Any:
+            own.precision = "fp32"  # the same chains for both
+            rollouts = draw(update)
+            own.precision = precision
+            return rollouts
+
+        job._sampled = sampled  # type: ignore[method-assign]
         job.update(0, job.trainer.optimise)
         found.append(torch.cat([grad.flatten() for grad in tiny.gradients(job.denoiser).values()]))
     assert torch.cosine_similarity(*found, dim=0).item() > 0.99

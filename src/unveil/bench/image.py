@@ -2,7 +2,7 @@
 
 Both sides train copies of one network with the same settings: chains with noise, rewards, advantages of groups, clipped
 ratios over all steps but the last, one optimiser step. First the plain loop is given the chains that the job drew, and
-must end at the same weights. Then they take turns (A B A B ...), each with its own chains, and ratios are formed turn
+must end at the same weights. Then they take turns (A B B A ...), each with its own chains, and ratios are formed turn
 by turn. The reward (brightness) costs nothing, so that all that is measured is network and loop.
 """
 
@@ -200,8 +200,8 @@ def _case(name: str, steps: int, group: int, repeats: int, seed: int) -> dict[st
     sides = Sides(network, shape, steps, group, seed)
     difference = sides.difference()
     seconds: dict[str, list[float]] = {"ours": [], "reference": []}
-    for _ in range(repeats):
-        for side in seconds:
+    for turn in range(repeats):
+        for side in sorted(seconds, reverse=turn % 2 == 1):
             seconds[side].append(clock.timed(getattr(sides, side), CPU)[0])
     ratios = [ours / plain for ours, plain in zip(seconds["ours"], seconds["reference"], strict=True)]
     peaks = {side: _peak(sides, getattr(sides, side)) for side in seconds}

@@ -53,6 +53,8 @@ class Shape:
     """Embedding and output layer share their weights."""
     stored_hidden: int = 0
     """Width of all experts together; 0: there are none."""
+    experts: int = 0
+    """How many there are: the router has a row of weights for each."""
     dense: tuple[int, int] = (0, 0)
     """First layers with an ordinary feed-forward layer instead of experts: how many, and their width."""
     norms: int = 0
@@ -71,7 +73,7 @@ class Shape:
 
     @property
     def stored_layer(self) -> int:
-        return self.layer(self.stored_hidden or self.hidden)
+        return self.layer(self.stored_hidden or self.hidden) + self.experts * self.dim
 
     @property
     def outside(self) -> int:
@@ -88,7 +90,8 @@ class Shape:
     def forward_flops(self, length: int) -> float:
         """Of the layers, for one sequence of ``length`` tokens (a multiplication and an addition are two)."""
         first, width = self.dense
-        weights = (self.layers - first) * self.layer(self.hidden) + first * self.layer(width)
+        visited = self.layer(self.hidden) + self.experts * self.dim
+        weights = (self.layers - first) * visited + first * self.layer(width)
         return 2.0 * length * weights + 4.0 * length * length * self.queries * self.layers
 
     def head_flops(self, positions: float) -> float:
@@ -167,5 +170,6 @@ def _decoder(config: Mapping[str, Any], kind: str) -> Shape:
     return Shape(
         layers=config["num_hidden_layers"], dim=dim, queries=queries, keys=keys, hidden=hidden,
         vocabulary=config["vocab_size"], tied=bool(config.get("tie_word_embeddings")), stored_hidden=stored,
-        dense=dense, norms=norms, context=config.get("max_position_embeddings", 0),
+        experts=config.get("num_experts", 0), dense=dense, norms=norms,
+        context=config.get("max_position_embeddings", 0),
     )  # fmt: skip

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from unveil.registry import Plugin, UserError
+from unveil.rewards.features import Features
 
 EPSILON = 1e-4
 """Added to the standard deviation of a group."""
@@ -27,6 +28,8 @@ class Advantage(Plugin, family="advantage"):
     """True if it wants the parts of a sum of rewards apart: `mix` is then asked instead of `advantages`."""
     by_prompt: ClassVar[bool] = False
     """True if chains belong together by their prompt: equal prompts have equal ids, at every update of every run."""
+    features: Features | None = None
+    """What finished samples are compared by: `shaped` is then asked."""
 
     def advantages(self, rewards: Tensor, active: Tensor, group: Tensor) -> Tensor:
         """Advantages (B, S), 0 at inactive steps.
@@ -46,6 +49,10 @@ class Advantage(Plugin, family="advantage"):
             weights: of the parts that are optimised.
             active, group: as above.
         """
+        raise NotImplementedError
+
+    def shaped(self, values: Tensor, features: Tensor, group: Tensor) -> Tensor:
+        """The advantages (B, S), once the samples themselves (as features (B, F)) have been looked at."""
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
@@ -156,7 +163,7 @@ class Mixed(Advantage, name="mixed"):
     number of parts."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.of, GroupAdvantage):
+        if self.of.name != GroupAdvantage.name:
             raise UserError(f"of: {self.of.name!r} cannot be asked about every part by itself (allowed: group)")
 
     def mix(self, parts: Mapping[str, Tensor], weights: Mapping[str, float], active: Tensor, group: Tensor) -> Tensor:

@@ -61,7 +61,6 @@ class TransitionLikelihood(Likelihood, name="transition"):
     """log p(x_s | x_t) of the steps that the sampler `latent` drew with noise."""
 
     gives: ClassVar[frozenset[str]] = frozenset({"mean", "std", "velocity"})
-    replays: ClassVar[bool] = True
     form: Literal["density", "squares"] = "density"
     """``squares``: -|x_s - mean|^2 alone, 2 std^2 times the log-density but for a constant (CPS's code): noisy steps
     weigh more."""

@@ -8,7 +8,7 @@ All parameterisations say the same of x_0, so a loss in another one is a weight:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -16,11 +16,15 @@ from torch import Tensor
 
 from unveil.denoisers.continuous import Condition, ContinuousDenoiser
 from unveil.processes.gaussian import GaussianProcess, Prediction, per_sample
-from unveil.registry import Plugin
+from unveil.registry import Plugin, UserError
+from unveil.samplers.grids import shifted
 
 
 class TimeDistribution(Plugin, family="time_distribution"):
     """At which times a denoiser is taught."""
+
+    reads_grid: ClassVar[bool] = False
+    """True if times are those of a sampler: there must be one."""
 
     def times(self, u: Tensor, process: GaussianProcess) -> Tensor:
         """Times in [0, 1], float64, of uniforms u in (0, 1): the inverse of the cumulative distribution."""
@@ -29,10 +33,21 @@ class TimeDistribution(Plugin, family="time_distribution"):
 
 @dataclass(frozen=True, kw_only=True)
 class UniformTimes(TimeDistribution, name="uniform"):
-    """Every time as often as every other."""
+    """Every time between two as often as every other."""
+
+    low: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """The least noisy one."""
+    high: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """The noisiest one."""
+    shift: Annotated[float, Field(gt=0)] = 1.0
+    """The time t becomes shift t / (1 + (shift - 1) t); above 1 it leans to noise."""
+
+    def __post_init__(self) -> None:
+        if not self.low < self.high:
+            raise UserError(f"high: should be greater than low, got {self.high:g} and {self.low:g}")
 
     def times(self, u: Tensor, process: GaussianProcess) -> Tensor:
-        return u.double()
+        return shifted(self.low + (self.high - self.low) * u.double(), self.shift)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +58,11 @@ class LogitNormalTimes(TimeDistribution, name="logit_normal"):
     """Of the logit; above 0 leans to noise."""
     std: Annotated[float, Field(gt=0)] = 1.0
     """Of the logit."""
+    shift: Annotated[float, Field(gt=0)] = 1.0
+    """As in `UniformTimes`: log(shift) more in the mean."""
 
     def times(self, u: Tensor, process: GaussianProcess) -> Tensor:
-        return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u.double()))
+        return shifted(torch.sigmoid(self.mean + self.std * torch.special.ndtri(u.double())), self.shift)
 
 
 @dataclass(frozen=True, kw_only=True)

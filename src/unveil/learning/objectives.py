@@ -38,8 +38,12 @@ class Objective(Plugin, family="objective"):
         raise NotImplementedError
 
     def diagnostics(self, log_prob: Tensor, old: Tensor, advantage: Tensor) -> dict[str, float]:
-        """Numbers that unmask broken training, for the log."""
+        """Numbers that unmask broken training, for the log: means over units, so that those of parts can be joined."""
         return {}
+
+    def step_diagnostics(self, log_prob: Tensor, old: Tensor, advantage: Tensor) -> dict[str, float]:
+        """Likewise of all units of one step at once, where steps are units; any statistic will do."""
+        return self.diagnostics(log_prob, old, advantage)
 
 
 def sum_by(values: Tensor, unit: Tensor, count: int) -> Tensor:
@@ -74,6 +78,19 @@ class Clipped(Objective, name="clipped"):
             "clip_low": ((ratio < 1 - self.clip) & (advantage < 0)).float().mean().item(),
             "clip_high": ((ratio > 1 + (self.clip_high or self.clip)) & (advantage > 0)).float().mean().item(),
         }
+
+    def step_diagnostics(self, log_prob: Tensor, old: Tensor, advantage: Tensor) -> dict[str, float]:
+        """Also mean and deviation of the log-ratio, and which share of the good (``clipped_good``) and of the bad units
+        has no gradient any more."""
+        difference, values = log_prob - old, self.diagnostics(log_prob, old, advantage)
+        values["log_ratio_mean"] = difference.mean().item()
+        values["log_ratio_std"] = difference.std(correction=0).item()
+        ratio = difference.exp()
+        clipped = {"good": ratio > 1 + (self.clip_high or self.clip), "bad": ratio < 1 - self.clip}
+        for name, own in (("good", advantage > 0), ("bad", advantage < 0)):
+            if own.any():
+                values[f"clipped_{name}"] = clipped[name][own].float().mean().item()
+        return values
 
 
 @dataclass(kw_only=True)

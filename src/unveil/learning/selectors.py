@@ -16,10 +16,18 @@ from unveil.seeds import generator
 
 
 class Selector(Plugin, family="selector"):
-    """Chooses steps of every chain by itself."""
+    """Chooses chains among those of an update, and steps of every chain by itself."""
 
     needs: frozenset[str] = frozenset()
     """Trajectory fields that `choose` reads."""
+
+    def chains(self, advantages: Tensor, group: Tensor, sampler: Any) -> Tensor:
+        """(B,) True at the chains that are trained on at all; by default every one.
+
+        From the advantages (B,) at the end of all chains of the update, on whatever rank they were drawn, their groups
+        (B,) and the sampler, whose chains may be branches of several stems of a group.
+        """
+        return torch.ones(len(group), dtype=torch.bool)
 
     def choose(self, advantages: Tensor, trajectory: Any, seeds: Sequence[int], spec: Any) -> Tensor:
         """(B, S) float factors of the steps' weights, 0 where a step is not trained on.

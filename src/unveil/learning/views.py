@@ -86,6 +86,7 @@ class Scores:
         mean: (N, ...) of the Gaussian that a latent's next state was drawn from; None for tokens.
         std: (N,) its standard deviation.
         velocity: (N, ...) dx/dt of the probability flow; None for tokens.
+        clean: (N, ...) the expected x_0; None for tokens.
     """
 
     log_prob: Tensor
@@ -94,12 +95,13 @@ class Scores:
     mean: Tensor | None = None
     std: Tensor | None = None
     velocity: Tensor | None = None
+    clean: Tensor | None = None
 
     def only(self, reads: frozenset[str]) -> Scores:
         """Without what nobody reads of it, and on the CPU what is as large as the samples."""
-        gone = {"entropy", "mean", "std", "velocity"} - reads
+        gone = {"entropy", "mean", "std", "velocity", "clean"} - reads
         small = dataclasses.replace(self, **dict.fromkeys(gone))  # type: ignore[arg-type]
-        for name in {"mean", "velocity"} & reads:
+        for name in {"mean", "velocity", "clean"} & reads:
             value = getattr(small, name)
             setattr(small, name, None if value is None else value.cpu())
         return small
@@ -117,8 +119,6 @@ class Likelihood(Plugin, family="likelihood"):
 
     gives: ClassVar[frozenset[str]] = frozenset()
     """Fields of `Scores` that it fills besides log-probabilities and entropies."""
-    replays: ClassVar[bool] = False
-    """True if ratios are taken against what the rollout recorded, which then runs in the precision of training."""
     reads_old: ClassVar[frozenset[str]] = frozenset()
     """Fields of `Scores` that `against` reads of the policy that drew the chains, besides the log-probabilities."""
 

@@ -76,6 +76,11 @@ class Reward(Plugin, family="reward"):
         """Of the parts that a sum optimises."""
         return {}
 
+    @property
+    def audit_weights(self) -> dict[str, float]:
+        """Of the parts that a sum only watches, in training too."""
+        return {}
+
     def scores(self, completions: list[Any], prompts: list[str], metadata: list[Metadata]) -> Sequence[Score]:
         """N scores of N completions. May raise anything: all N have then failed.
 
@@ -150,8 +155,13 @@ class Part:
     weight: float = 1.0
     """Its factor in the sum; may be negative."""
     role: Literal["optimise", "audit", "evaluate"] = "optimise"
-    """``optimise``: in the sum. ``audit``: logged beside it and never trained on. ``evaluate``: asked at evaluations
-    alone, for what is too slow to be watched."""
+<<<<<<< HEAD
+    """``optimise``: in the sum. ``audit``: logged beside it and never trained on; a gate may read it. ``evaluate``:
+    asked at evaluations alone, for what is too slow to be watched."""
+=======
+    """``optimise``: in the sum. ``audit``: logged beside it and never trained on; a gate may read it.
+    ``evaluate``: asked at evaluations alone, for what is too slow to be watched."""
+>>>>>>> guard
 
 
 @dataclass(kw_only=True)
@@ -176,6 +186,10 @@ class Sum(Reward, name="sum"):
     @property
     def part_weights(self) -> dict[str, float]:
         return {name: part.weight for name, part in self.parts.items() if part.role == "optimise"}
+
+    @property
+    def audit_weights(self) -> dict[str, float]:
+        return {name: part.weight for name, part in self.parts.items() if part.role == "audit"}
 
     def scores(self, completions: list[Any], prompts: list[str], metadata: list[Metadata]) -> Sequence[Score]:
         return self.ask(completions, prompts, metadata).total

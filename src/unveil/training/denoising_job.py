@@ -54,6 +54,10 @@ class MatchingConfig:
     drop_prompt: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Share of examples that are learned without their prompt, for the unconditional model of guidance."""
 
+    def __post_init__(self) -> None:
+        if self.times.reads_grid:
+            raise UserError(f"times: {self.times.name!r} are those of a sampler, and data are not sampled")
+
 
 @dataclass(kw_only=True)
 class DenoisingConfig:

@@ -140,8 +140,8 @@ class GradientSteps:
             step, *rest = (torch.cat(column) for column in zip(*units, strict=True))
             for number in range(int(step.max()) + 1):
                 own = step == number
-                said = objective.diagnostics(*(column[own] for column in rest)) if own.any() else {}
-                for name in objective.diagnostics(*rest):
+                said = objective.step_diagnostics(*(column[own] for column in rest)) if own.any() else {}
+                for name in objective.step_diagnostics(*rest):
                     values.setdefault(f"steps/{name}", []).append(said.get(name))
         batch.diagnostics, batch.units = Means(), []
         return values
@@ -213,6 +213,7 @@ class GradientSteps:
             weight = batch.kl_weight[slice(*part)].to(device)
             distance, weight = regulariser.penalty(views, scores, batch.others[name][number], weight)
             loss = loss + regulariser.beta * (weight * distance).sum()
-            if len(distance):
-                batch.diagnostics.add({name: distance.detach().mean().item()}, len(distance))
+            held = distance.detach()[weight > 0]  # what a gate lets go is no part of the mean
+            if len(held):
+                batch.diagnostics.add({name: held.mean().item()}, len(held))
         return loss

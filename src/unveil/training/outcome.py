@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from unveil.learning.advantages import Advantage, terminal
+from unveil.learning.gates import Gate
+from unveil.rewards.features import Features
 from unveil.seeds import derive_seed
 from unveil.tasks.evaluate import over_denoised
 from unveil.training.distribution import Ranks
@@ -34,6 +36,7 @@ class Outcome:
         guess_correct: (B, S) verdict on every guess; None if guesses were not recorded.
         over_denoised: (B,) some guess was right, and the end is not; None likewise.
         parts: (B, S) like ``rewards``, of every part of a sum of rewards; nan where a chain has none.
+        features: (B, F) of finished samples, for advantages that compare them; None if nobody does.
     """
 
     group: Tensor
@@ -47,9 +50,10 @@ class Outcome:
     guess_correct: Tensor | None = None
     over_denoised: Tensor | None = None
     parts: Mapping[str, Tensor] = field(default_factory=dict)
+    features: Tensor | None = None
 
     @classmethod
-    def of(cls, rollouts: Rollouts) -> Outcome:
+    def of(cls, rollouts: Rollouts, features: Features | None = None) -> Outcome:
         judged, trajectory = rollouts.judged, rollouts.trajectory
         recorded = judged.guess_correct is not None
         return cls(
@@ -64,6 +68,7 @@ class Outcome:
             guess_correct=judged.guess_correct,
             over_denoised=over_denoised(judged) if recorded else None,
             parts=rollouts.parts,
+            features=None if features is None else features.of(judged.samples),
         )
 
     def everywhere(self, ranks: Ranks) -> tuple[Outcome, slice]:
@@ -91,10 +96,23 @@ class Outcome:
         active, group = self.active[known], (self.prompt if advantage.by_prompt else self.group)[known]
         if advantage.reads_parts:
             parts = {name: own[known] for name, own in self.parts.items()}
-            values[known] = advantage.mix(parts, weights or {}, active, group)
+            own = advantage.mix(parts, weights or {}, active, group)
         else:
-            values[known] = advantage.advantages(self.rewards[known], active, group)
+            own = advantage.advantages(self.rewards[known], active, group)
+        values[known] = own if self.features is None else advantage.shaped(own, self.features[known], group)
         return values
+
+    def gated(self, gate: Gate, weights: Mapping[str, float]) -> tuple[Tensor, dict[str, float]]:
+        """(B,) factors of the chains in the regularisers, and numbers for the log; 0 for a chain without a reward.
+
+        ``weights`` are those of the audits; a negative one says that less is better.
+        """
+        known, factors = self.known, torch.zeros(len(self))
+        if not known.any():
+            return factors, {}
+        audits = {name: terminal(self.parts[name], self.active)[known] * weight for name, weight in weights.items()}
+        factors[known], said = gate.factors(self.final[known], audits, self.group[known])
+        return factors, said
 
     def equal_groups(self) -> Tensor:
         """(groups,) True where all finished samples of a group have the same reward: there is nothing to learn."""
@@ -142,7 +160,12 @@ def join(parts: Sequence[Outcome]) -> Outcome:
         wide = [v if v.dim() == 1 else torch.cat([v, v.new_zeros(len(v), steps - v.shape[1])], 1) for v in values]
         return torch.cat(wide)
 
-    return Outcome(**{one.name: joined([getattr(part, one.name) for part in parts]) for one in fields(Outcome)})
+    names = [one.name for one in fields(Outcome) if one.name != "features"]
+    features = [part.features for part in parts if part.features is not None]
+    return Outcome(
+        **{name: joined([getattr(part, name) for part in parts]) for name in names},
+        features=torch.cat(features) if features else None,
+    )
 
 
 def mean_over_ranks(values: Mapping[str, float], weight: float, ranks: Ranks) -> dict[str, float]:

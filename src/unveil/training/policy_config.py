@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from unveil.learning.advantages import Advantage, GroupAdvantage
+from unveil.learning.gates import Gate
 from unveil.learning.likelihoods import TrajectoryLikelihood
 from unveil.learning.objectives import Clipped, Objective, TokenMean, Weighting
 from unveil.learning.regularisers import Kl, Regulariser
@@ -92,6 +93,8 @@ class PolicyConfig:
     """What holds the policy back; without a name an estimate of the KL divergence."""
     regularisers: dict[str, Regulariser] = field(default_factory=dict)
     """Further ones, by their name in the log."""
+    gate: Gate | None = None
+    """Which samples the regularisers hold back; None: all."""
     inner_updates: Annotated[int, Field(ge=1)] = 1
     """Passes over the same rollouts, with stored old log-probabilities."""
     minibatches: Annotated[int, Field(ge=1)] = 1
@@ -125,6 +128,11 @@ class PolicyConfig:
             )
         if advantage.reads_parts and self.shaping is not None:
             raise UserError(f"shaping: it changes the sum, and {advantage.name!r} reads its parts (allowed: null)")
+        if self.gate is not None and self.gate.reads_audits and not self.reward.audit_weights:
+            raise UserError(
+                f"gate: {self.gate.name!r} compares the reward with others, and the reward {self.reward.name!r} has no "
+                "part with the role 'audit' (allowed: a sum that has one)"
+            )
         if "kl" in self.regularisers:
             raise UserError("regularisers.kl: the name is that of `kl` (allowed: any other)")
         for name, one in self.in_force.items():

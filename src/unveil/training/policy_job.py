@@ -8,7 +8,6 @@ import math
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unveil.learning.advantages import terminal
 from unveil.learning.views import Inner
 from unveil.registry import UserError
 from unveil.samplers.base import Sampler
@@ -96,7 +96,7 @@ class PolicyJob:
         policy, self.rewarded = self.policy, []
         ranks = self.trainer.ranks
         rollouts = self._sampled(update)
-        outcome, own = Outcome.of(rollouts).everywhere(ranks)
+        outcome, own = Outcome.of(rollouts, policy.advantage.features).everywhere(ranks)
         metrics = outcome.metrics()
         if policy.groups is not None:
 
@@ -106,11 +106,17 @@ class PolicyJob:
             groups = len(rollouts.group.unique())
             rollouts, said = policy.groups.apply(rollouts, roll, self.denoiser)
             metrics |= mean_over_ranks(said, groups, ranks)
-            outcome, own = Outcome.of(rollouts).everywhere(ranks)
+            outcome, own = Outcome.of(rollouts, policy.advantage.features).everywhere(ranks)
+        if policy.gate is not None:
+            held, said = outcome.gated(policy.gate, policy.reward.audit_weights)
+            rollouts.gate = held[own]
+            metrics |= {f"gate/{name}": value for name, value in said.items()}
         trajectory = rollouts.trajectory
         scored = self._count_failures(update, metrics)
         advantages = outcome.advantages(policy.advantage, policy.reward.part_weights)
+        kept = policy.selector.chains(terminal(advantages, outcome.active), outcome.group, policy.rollout.sampler)
         metrics |= {
+            "trained_chains": kept.float().mean().item(),
             "advantage_abs": (advantages.abs().sum() / outcome.active.sum().clamp(min=1)).item(),
             "zero_variance_groups": outcome.equal_groups().float().mean().item(),
         }
@@ -118,6 +124,7 @@ class PolicyJob:
         chosen = trajectory.active.float()
         if policy.likelihood.per_step:
             chosen = policy.selector.choose(advantages, trajectory, rollouts.seeds, self.denoiser.spec)
+            chosen = chosen * kept[own, None]
         inner = policy.inner_updates
         views = inner if policy.likelihood.resamples else 1
         shares = self._shares(update, rollouts, advantages, chosen)
@@ -163,11 +170,14 @@ class PolicyJob:
 
     def state_dict(self) -> dict[str, Any]:
         pool = [vars(problem) | {"answer": dict(problem.answer)} for problem in self.pool]
-        return {"pool": pool, "advantage": self.policy.advantage.state_dict()}
+        state = {"pool": pool, "advantage": self.policy.advantage.state_dict()}
+        return state if self.policy.gate is None else state | {"gate": self.policy.gate.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.pool = [Problem(**problem) for problem in state["pool"]]
         self.policy.advantage.load_state_dict(state["advantage"])
+        if self.policy.gate is not None:
+            self.policy.gate.load_state_dict(state["gate"])
 
     def _training_samplers(self) -> list[Sampler]:
         rollout = self.policy.rollout
@@ -235,8 +245,7 @@ class PolicyJob:
         ]
 
         def drawn(part: slice) -> Any:
-            precision = self.trainer.autocast() if self.policy.likelihood.replays else nullcontext()
-            with self.trainer.using(rollout.drawn_by), precision:
+            with self.trainer.using(rollout.drawn_by), self.trainer.autocast():
                 trajectory = sample_problems(
                     self.denoiser, problems[part], sampler or self._sampler(update),
                     response_length=rollout.response_length, seed=derive_seed(self.seed, "rollout", update, *own),

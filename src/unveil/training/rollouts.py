@@ -33,8 +33,7 @@ class Rollouts:
             out of their groups.
         seeds: one per chain, for everything random that is done with it.
         parts: (B, S) like ``rewards``, of every part of a sum of rewards, before any shaping; nan where there is none.
-        gate: (B,) factor of each chain in the regularisers, for hooks that hold some chains back more than others;
-            None: 1.
+        gate: (B,) factor of each chain in the regularisers (see `unveil.learning.gates`); None: 1.
     """
 
     problems: list[Problem]

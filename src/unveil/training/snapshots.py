@@ -53,6 +53,8 @@ class SnapshotConfig:
     """A copy that follows the policy slowly; None: the run keeps none."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of an exponential moving average of the weights, which then is evaluated and saved; None: no average."""
+    ema_warmup: bool = False
+    """After update i the decay is at most (1 + i) / (10 + i): the average soon leaves the initial policy behind."""
 
     @property
     def moves_reference(self) -> bool:
@@ -132,7 +134,8 @@ class Snapshots:
         """
         config = self.config
         if "ema" in self.sets and config.ema_decay is not None:
-            self.sets["ema"].move(1 - config.ema_decay)
+            most = (1 + update) / (10 + update) if config.ema_warmup else 1.0
+            self.sets["ema"].move(1 - min(config.ema_decay, most))
         if "old" in self.sets and config.old is not None and update % config.old.every == 0:
             self.sets["old"].move(1 - config.old.decay_at(update))
         if "reference" not in self.sets or not self.config.moves_reference:

@@ -95,7 +95,7 @@ function drawWatched() {
 function drawAlongSteps() {
   const names = Object.keys(data.steps);
   byId("along").hidden = byId("along-link").hidden = !names.length;
-  const titles = { ratio_mean: "Importance ratio", ratio_deviation: "Distance of the ratio from 1", clip_low: "Clipped below", clip_high: "Clipped above", log_prob: "Log-probability" };
+  const titles = { ratio_mean: "Importance ratio", ratio_deviation: "Distance of the ratio from 1", clip_low: "Clipped below", clip_high: "Clipped above", clipped_good: "Good samples that are clipped", clipped_bad: "Bad samples that are clipped", log_ratio_mean: "Mean log-ratio", log_ratio_std: "Deviation of the log-ratio", log_prob: "Log-probability" };
   for (const name of names) {
     const { from, to, values } = data.steps[name];
     const part = Math.max(1, Math.floor(values.length / 8));
