@@ -155,13 +155,8 @@ class Part:
     weight: float = 1.0
     """Its factor in the sum; may be negative."""
     role: Literal["optimise", "audit", "evaluate"] = "optimise"
-<<<<<<< HEAD
     """``optimise``: in the sum. ``audit``: logged beside it and never trained on; a gate may read it. ``evaluate``:
     asked at evaluations alone, for what is too slow to be watched."""
-=======
-    """``optimise``: in the sum. ``audit``: logged beside it and never trained on; a gate may read it.
-    ``evaluate``: asked at evaluations alone, for what is too slow to be watched."""
->>>>>>> guard
 
 
 @dataclass(kw_only=True)
