@@ -13,7 +13,13 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from torch import Tensor
 
 from pipelines import KINDS, tiny
@@ -27,7 +33,7 @@ from unveil.processes.gaussian import Flow, Guess, Prediction, VariancePreservin
 from unveil.processes.kernels import Ddim, deterministic
 from unveil.registry import UserError
 from unveil.samplers.grids import Grid, Sd3, Table, Uniform, resolution_shift
-from unveil.samplers.guidance import ClassifierFree, NoGuidance
+from unveil.samplers.guidance import Clamp, ClassifierFree, NoGuidance
 from unveil.samplers.latent import LatentSampler
 from unveil.samplers.latent_solvers import DpmSolver2M, Memory
 from unveil.samplers.latents import Noise
@@ -340,12 +346,33 @@ def ddim_difference(grid: Table, steps: int, eta: float, zero_terminal: bool = F
 def test_ddim_steps_agree_where_the_next_entry_is_a_fixed_distance_away(eta: float) -> None:
     for grid in (Table(), Table(offset=1, final="first"), Table(offset=1), Table(spacing="trailing")):
         assert ddim_difference(grid, 10, eta) < 2e-5
-    # A table rescaled to end in pure noise. With eta = 1 its first step draws all noise anew, where theirs takes the root
-    # of a difference in float32.
+    # A table rescaled to end in pure noise. With eta = 1 its first step draws all noise anew; theirs takes the root of a
+    # difference in float32 there.
     assert ddim_difference(Table(spacing="trailing"), 10, eta, zero_terminal=True) < (1e-3 if eta else 2e-5)
     # The step goes to k - 1000 // N, whatever the next entry is.
     assert 0.001 < ddim_difference(Table(spacing="trailing"), 7, eta) < 0.1
     assert ddim_difference(Table(spacing="linspace"), 7, eta) > 0.3
+
+
+@pytest.mark.parametrize("rederive", [False, True])
+def test_clipped_steps_agree(rederive: bool) -> None:
+    """DDIM's two ways, and DDPM's own step, which has the second one."""
+    scheduler = DDIMScheduler(**BETAS, clip_sample=True, clip_sample_range=1.5)
+    ancestral = DDPMScheduler(**BETAS, clip_sample=True, clip_sample_range=1.5)
+    for one in (scheduler, ancestral):
+        one.set_timesteps(10)
+    times, clamp = Table().times(STABLE, 10), Clamp(limit=1.5, rederive=rederive)
+    for k, t, s in zip(scheduler.timesteps, times[:-1, None], times[1:, None], strict=True):
+        x, eps, z = draws(3)[:, None]
+        guess = clamp.cut(STABLE, STABLE.guess(eps, "eps", x, t), x, t)
+        step = Ddim(eta=1.0).step(STABLE, guess, x, t, s)
+        theirs = scheduler.step(eps, k, x, eta=1.0, variance_noise=z, use_clipped_model_output=rederive).prev_sample
+        torch.testing.assert_close(step.sample(z), theirs, atol=2e-5, rtol=1e-5)
+        if rederive and s > 0:
+            noise = torch.Generator().manual_seed(0)
+            theirs = ancestral.step(eps, k, x, generator=noise).prev_sample
+            z = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
+            torch.testing.assert_close(step.sample(z), theirs, atol=2e-5, rtol=1e-5)
 
 
 def test_euler_steps_of_a_flow_agree() -> None:

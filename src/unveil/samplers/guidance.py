@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from unveil.denoisers.continuous import Condition, ContinuousDenoiser
-from unveil.processes.gaussian import Guess, full, spread
+from unveil.processes.gaussian import GaussianProcess, Guess, full, spread
 from unveil.registry import Plugin
 
 
@@ -63,3 +63,19 @@ class ClassifierFree(Guidance, name="cfg"):
             ratio = with_prompt.flatten(1).std(1) / prediction.flatten(1).std(1)
             prediction = prediction * spread(self.rescale * ratio + 1 - self.rescale, x)
         return spec.process.guess(prediction, spec.prediction, x, t)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clamp:
+    """Cuts the expected x_0 to an interval where samples can only lie in it (pixels, actions), guidance included."""
+
+    limit: Annotated[float, Field(gt=0)] = 1.0
+    """Largest absolute value."""
+    rederive: bool = False
+    """Replace eps by what explains x_t together with the cut x_0, as DDPM's own step does. False: eps stays as it was
+    said, as in the DDIM schedulers of published pipelines (``clip_sample``); the mean of a step then differs."""
+
+    def cut(self, process: GaussianProcess, guess: Guess, x: Tensor, t: Tensor) -> Guess:
+        """The guess at x (B, *D), times t (B,); no gradient flows where x_0 was cut."""
+        x0 = guess.x0.clamp(-self.limit, self.limit)
+        return process.rederived(x0, full(x), t) if self.rederive else Guess(x0=x0, eps=guess.eps)
