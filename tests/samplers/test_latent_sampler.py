@@ -21,7 +21,7 @@ from unveil.samplers.latent import LatentSampler
 from unveil.samplers.latent_solvers import Churn, DpmSolver2M, Heun, SdeDpmSolver2M
 from unveil.samplers.latents import LatentTrajectory, Noise, noised
 from unveil.samplers.trajectory import concatenate
-from unveil.samplers.windows import Progressive, RandomSpan, Span
+from unveil.samplers.windows import ExponentialDecay, LinearDecay, Progressive, RandomSpan, Span
 from unveil.seeds import generator
 
 ALL = set(LatentTrajectory.optional)
@@ -272,6 +272,13 @@ def test_windows() -> None:
     assert {span.start for span in drawn} == {1, 2, 3}  # type: ignore[attr-defined]
     assert drawn == [RandomSpan(length=2, low=1, high=5).at(update, 7, 8) for update in range(60)]
     assert {RandomSpan(length=2).at(update, 7, 8).start for update in range(60)} == {0, 1, 2}  # type: ignore[attr-defined]
+    # Of 8 steps the window begins with step 0 .. 6; 8 - 7 p / 8 cut off, and 8 exp(-0.5 max(0, p - 2)) rounded up.
+    for window, stays in (
+        (LinearDecay(length=2, every=8), [8, 7, 6, 5, 4, 3, 2]),
+        (ExponentialDecay(length=2, every=8, after=2, rate=0.5), [8, 8, 8, 5, 3, 2, 2]),
+    ):
+        seen = [window.at(update, 0, 8).start for update in range(sum(stays) + 1)]  # type: ignore[attr-defined]
+        assert seen == [place for place, stay in enumerate(stays) for _ in range(stay)] + [0]
     at = tiny.sampler(window=moving).at(3, 0)
     assert at.window == Span(start=1, length=2) and tiny.sampler().at(3, 0) == tiny.sampler()
 
@@ -281,6 +288,7 @@ def test_windows() -> None:
     [
         (lambda: tiny.sampler(window=Span(start=4, length=2)), "2 steps from step 4 on do not fit into 5 steps"),
         (lambda: tiny.sampler(window=RandomSpan(length=3)), "no span of 3 steps fits between step 0 and step 2 of 5"),
+        (lambda: LinearDecay(every=2, least=3), r"least: should be at most every \(2\), got 3"),
         (lambda: tiny.sampler(branches=2), "branches: the chains share nothing"),
         (lambda: tiny.sampler().check_fits(12), "have the network's own shape, got 12"),
         (lambda: draw_log_prob(), "'log_prob' needs steps with noise"),
