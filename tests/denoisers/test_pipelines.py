@@ -346,8 +346,8 @@ def ddim_difference(grid: Table, steps: int, eta: float, zero_terminal: bool = F
 def test_ddim_steps_agree_where_the_next_entry_is_a_fixed_distance_away(eta: float) -> None:
     for grid in (Table(), Table(offset=1, final="first"), Table(offset=1), Table(spacing="trailing")):
         assert ddim_difference(grid, 10, eta) < 2e-5
-    # A table rescaled to end in pure noise. With eta = 1 its first step draws all noise anew; theirs takes the root of a
-    # difference in float32 there.
+    # A table rescaled to end in pure noise. With eta = 1 its first step draws all noise anew: theirs takes the root of
+    # a difference there, in float32.
     assert ddim_difference(Table(spacing="trailing"), 10, eta, zero_terminal=True) < (1e-3 if eta else 2e-5)
     # The step goes to k - 1000 // N, whatever the next entry is.
     assert 0.001 < ddim_difference(Table(spacing="trailing"), 7, eta) < 0.1

@@ -247,6 +247,9 @@ def test_guidance_of_scale_one_is_the_prompt_alone_and_is_counted() -> None:
     told, blank = net.condition(["a"] * 3 + ["b"] * 3), net.condition([""] * 6)
     expected = net.predict(x, t, blank) + 3 * (net.predict(x, t, told) - net.predict(x, t, blank))
     torch.testing.assert_close(other.guesses[:, 0], x - expected, rtol=1e-4, atol=1e-5)
+    away, wrong = draw(net, tiny.sampler(guidance=ClassifierFree(scale=3.0, negative="b"))), net.condition(["b"] * 6)
+    expected = net.predict(x, t, wrong) + 3 * (net.predict(x, t, told) - net.predict(x, t, wrong))
+    torch.testing.assert_close(away.guesses[:, 0], x - expected, rtol=1e-4, atol=1e-5)
 
 
 def gradient(net: tiny.Mlp, through: bool) -> Tensor:

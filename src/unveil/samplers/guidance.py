@@ -38,7 +38,8 @@ class NoGuidance(Guidance, name="none"):
 
 @dataclass(kw_only=True)
 class ClassifierFree(Guidance, name="cfg"):
-    """Classifier-free guidance (arXiv 2207.12598): p = u + scale (c - u), in the network's own parameterisation.
+    """Classifier-free guidance (arXiv 2207.12598): p = u + scale (c - u), in the network's own parameterisation; c is
+    the prediction for the prompt, u that for none, or for a negative prompt.
 
     All parameterisations are linear in one another at a given x_t, so the result is the same in each.
     """
@@ -48,12 +49,14 @@ class ClassifierFree(Guidance, name="cfg"):
     """1 is the conditional prediction (at twice the cost). Some papers write w = scale - 1."""
     rescale: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of a prediction whose spread per sample is brought back to that of c (arXiv 2305.08891)."""
+    negative: str = ""
+    """What samples are led away from; empty: the prediction without a prompt."""
     through: bool = True
     """Whether gradients flow through the unconditional prediction as well."""
 
     def guess(self, denoiser: ContinuousDenoiser, x: Tensor, t: Tensor, condition: Condition) -> Guess:
         spec = denoiser.spec
-        blank = denoiser.condition([""]).to(x.device).rows(torch.zeros(len(x), dtype=torch.long))
+        blank = denoiser.condition([self.negative]).to(x.device).rows(torch.zeros(len(x), dtype=torch.long))
         both = Condition.cat([condition, blank])
         with_prompt, without = full(denoiser.predict(torch.cat([x, x]), torch.cat([t, t]), both)).chunk(2)
         if not self.through:
