@@ -66,6 +66,11 @@ class LatentSampler(Sampler, name="latent"):
             raise UserError("branches: the chains share nothing (allowed with share: noise, prefix)")
 
     @property
+    def greedy(self) -> bool:
+        noisy = self.kernel.stochastic or self.outside.stochastic or self.churn is not None
+        return self.share != "nothing" and self.branches is None and not noisy
+
+    @property
     def planned_steps(self) -> int | None:
         first, kept = self._behind()
         return first + kept
