@@ -6,13 +6,20 @@ One module, because it takes seconds to import ``diffusers``.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from torch import Tensor
 
 from pipelines import KINDS, tiny
@@ -22,11 +29,11 @@ from unveil.denoisers.flow_transformers import Flux, StableDiffusion3
 from unveil.denoisers.load import load_denoiser
 from unveil.denoisers.pipelines import PipelineDenoiser, PipelineOptions
 from unveil.denoisers.stable_diffusion import StableDiffusion, StableDiffusionXl
-from unveil.processes.gaussian import Flow, Guess, VariancePreserving
+from unveil.processes.gaussian import Flow, Guess, Prediction, VariancePreserving
 from unveil.processes.kernels import Ddim, deterministic
 from unveil.registry import UserError
 from unveil.samplers.grids import Grid, Sd3, Table, Uniform, resolution_shift
-from unveil.samplers.guidance import ClassifierFree, NoGuidance
+from unveil.samplers.guidance import Clamp, ClassifierFree, NoGuidance
 from unveil.samplers.latent import LatentSampler
 from unveil.samplers.latent_solvers import DpmSolver2M, Memory
 from unveil.samplers.latents import Noise
@@ -294,7 +301,7 @@ def test_bad_folders_are_refused_in_one_line(tmp_path: Path) -> None:
 def test_schedulers_that_are_not_understood_are_refused() -> None:
     for change, message in [
         ({"beta_schedule": "sigmoid"}, "beta_schedule 'sigmoid' is not known"),
-        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is set"),
+        ({"trained_betas": [0.1, 0.2]}, "trained_betas is set"),
         ({"prediction_type": "flow"}, "prediction_type 'flow' is not known"),
     ]:
         pipe = tiny("sd")
@@ -314,20 +321,23 @@ def draws(count: int) -> Tensor:
     return torch.randn(count, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-def ddim_difference(grid: Table, steps: int, eta: float) -> float:
-    """The largest difference of one step, with inputs of unit scale."""
+def ddim_difference(grid: Table, steps: int, eta: float, zero_terminal: bool = False) -> float:
+    """The largest difference of one step, with inputs of unit scale; v-prediction where the table ends in noise."""
+    process = replace(STABLE, zero_terminal=zero_terminal)
+    kind: Prediction = "v" if zero_terminal else "eps"
     scheduler = DDIMScheduler(
+        rescale_betas_zero_snr=zero_terminal, prediction_type="v_prediction" if zero_terminal else "epsilon",
         **BETAS, clip_sample=False, timestep_spacing=grid.spacing, steps_offset=grid.offset,
         set_alpha_to_one=grid.final == "clean",
     )  # fmt: skip
     scheduler.set_timesteps(steps)
-    times = grid.times(STABLE, steps)
+    times = grid.times(process, steps)
     assert ((times[:-1] * 1000 - 1).round() == scheduler.timesteps).all()
     differences = []
     for k, t, s in zip(scheduler.timesteps, times[:-1, None], times[1:, None], strict=True):
-        x, eps, z = draws(3)[:, None]
-        theirs = scheduler.step(eps, k, x, eta=eta, variance_noise=z).prev_sample
-        ours = Ddim(eta=eta).step(STABLE, STABLE.guess(eps, "eps", x, t), x, t, s).sample(z)
+        x, said, z = draws(3)[:, None]
+        theirs = scheduler.step(said, k, x, eta=eta, variance_noise=z).prev_sample
+        ours = Ddim(eta=eta).step(process, process.guess(said, kind, x, t), x, t, s).sample(z)
         differences.append(float((ours - theirs).abs().max()))
     return max(differences)
 
@@ -336,9 +346,33 @@ def ddim_difference(grid: Table, steps: int, eta: float) -> float:
 def test_ddim_steps_agree_where_the_next_entry_is_a_fixed_distance_away(eta: float) -> None:
     for grid in (Table(), Table(offset=1, final="first"), Table(offset=1), Table(spacing="trailing")):
         assert ddim_difference(grid, 10, eta) < 2e-5
+    # A table rescaled to end in pure noise. With eta = 1 its first step draws all noise anew: theirs takes the root of
+    # a difference there, in float32.
+    assert ddim_difference(Table(spacing="trailing"), 10, eta, zero_terminal=True) < (1e-3 if eta else 2e-5)
     # The step goes to k - 1000 // N, whatever the next entry is.
     assert 0.001 < ddim_difference(Table(spacing="trailing"), 7, eta) < 0.1
     assert ddim_difference(Table(spacing="linspace"), 7, eta) > 0.3
+
+
+@pytest.mark.parametrize("rederive", [False, True])
+def test_clipped_steps_agree(rederive: bool) -> None:
+    """DDIM's two ways, and DDPM's own step, which has the second one."""
+    scheduler = DDIMScheduler(**BETAS, clip_sample=True, clip_sample_range=1.5)
+    ancestral = DDPMScheduler(**BETAS, clip_sample=True, clip_sample_range=1.5)
+    for one in (scheduler, ancestral):
+        one.set_timesteps(10)
+    times, clamp = Table().times(STABLE, 10), Clamp(limit=1.5, rederive=rederive)
+    for k, t, s in zip(scheduler.timesteps, times[:-1, None], times[1:, None], strict=True):
+        x, eps, z = draws(3)[:, None]
+        guess = clamp.cut(STABLE, STABLE.guess(eps, "eps", x, t), x, t)
+        step = Ddim(eta=1.0).step(STABLE, guess, x, t, s)
+        theirs = scheduler.step(eps, k, x, eta=1.0, variance_noise=z, use_clipped_model_output=rederive).prev_sample
+        torch.testing.assert_close(step.sample(z), theirs, atol=2e-5, rtol=1e-5)
+        if rederive and s > 0:
+            noise = torch.Generator().manual_seed(0)
+            theirs = ancestral.step(eps, k, x, generator=noise).prev_sample
+            z = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
+            torch.testing.assert_close(step.sample(z), theirs, atol=2e-5, rtol=1e-5)
 
 
 def test_euler_steps_of_a_flow_agree() -> None:

@@ -54,6 +54,7 @@ def test_diagnostics_count_what_the_clip_stops() -> None:
     assert found["clip_high"] == found["clip_low"] == 0.25
     assert found["ratio_deviation"] == pytest.approx((math.exp(0.5) - math.exp(-0.5)) / 2)
     assert found["ratio_mean"] == pytest.approx((math.exp(0.5) + math.exp(-0.5)) / 2)
+    assert found["approx_kl"] == pytest.approx(0.5 * 0.5**2)
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])

@@ -21,12 +21,14 @@ from unveil.processes.gaussian import (
 )
 from unveil.processes.kernels import CoefficientsPreserving, DanceSde, Ddim, FlowSde, Kernel, deterministic
 from unveil.recipe import build, dump
+from unveil.registry import UserError
 
 LINEAR = VariancePreserving()
 STABLE = VariancePreserving(betas="scaled_linear", low=0.00085, high=0.012)
 COSINE = VariancePreserving(betas="cosine")
+ZERO = VariancePreserving(betas="scaled_linear", low=0.00085, high=0.012, zero_terminal=True)
 FLOW, EDM = Flow(), VarianceExploding()
-PATHS: list[GaussianProcess] = [LINEAR, STABLE, COSINE, FLOW, EDM]
+PATHS: list[GaussianProcess] = [LINEAR, STABLE, COSINE, ZERO, FLOW, EDM]
 KERNELS: list[Kernel] = [Ddim(eta=1.0), Ddim(eta=0.4), CoefficientsPreserving(), FlowSde(), DanceSde()]
 STOCHASTIC = pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: f"{kernel.name}-{vars(kernel)}")
 
@@ -86,6 +88,32 @@ def test_the_table_is_that_of_published_networks() -> None:
     # The last beta is cut at 0.999; before it, the product of 1 - beta is the published curve.
     torch.testing.assert_close(COSINE.alpha(t[:-1]), (times(*level[1:-1]) / level[0]).sqrt(), atol=1e-13, rtol=0)
     torch.testing.assert_close(COSINE.alpha(times(1.0)), (times(level[-2]) * 0.001 / level[0]).sqrt())
+
+
+def test_a_table_that_ends_in_pure_noise() -> None:
+    """alpha is shifted and stretched: its first entry stays, its last is 0. Beyond the last but one it is a straight
+    line."""
+    t = (torch.arange(1000, dtype=torch.float64) + 1) / 1000
+    alpha = STABLE.alpha(t)
+    expected = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
+    torch.testing.assert_close(ZERO.alpha(t), expected, atol=1e-14, rtol=0)
+    assert ZERO.alpha(times(1.0)) == 0 and ZERO.sigma(times(1.0)) == 1 and ZERO.ratio(times(1.0)).isinf()
+    torch.testing.assert_close(ZERO.alpha(times(0.99975)), 0.25 * expected[-2:-1])
+    # The whole of x_1 is noise: v says what x_0 is, eps nothing.
+    x, x_0 = draw(1, 5), draw(1, 5, seed=1)
+    guess = ZERO.guess(ZERO.target("v", x_0, x, times(1.0)), "v", x, times(1.0))
+    torch.testing.assert_close(guess.x0, x_0)
+    torch.testing.assert_close(guess.eps, x)
+    for kernel in KERNELS:
+        step = kernel.step(ZERO, guess, x, times(1.0), times(0.9))
+        assert step.mean.isfinite().all() and step.std.isfinite().all()
+    noisy = Ddim(eta=1.0).step(ZERO, guess, x, times(1.0), times(0.9))
+    torch.testing.assert_close(noisy.mean, ZERO.alpha(times(0.9)) * x_0)  # pure noise is drawn anew
+    torch.testing.assert_close(noisy.std, ZERO.sigma(times(0.9)))
+    with pytest.raises(ValueError, match="eps determines nothing at t = 1"):
+        ZERO.guess(x, "eps", x, times(1.0))
+    with pytest.raises(UserError, match="zero_terminal: needs a table of at least 2 steps, got 1"):
+        VariancePreserving(steps=1, zero_terminal=True)
 
 
 @pytest.mark.parametrize("path", PATHS, ids=str)

@@ -16,12 +16,13 @@ from unveil.processes.gaussian import Flow, GaussianProcess, VarianceExploding, 
 from unveil.processes.kernels import CoefficientsPreserving, DanceSde, Ddim, FlowSde, deterministic
 from unveil.registry import UserError
 from unveil.samplers.grids import Uniform
-from unveil.samplers.guidance import ClassifierFree
+from unveil.samplers.guidance import Clamp, ClassifierFree
 from unveil.samplers.latent import LatentSampler
-from unveil.samplers.latent_solvers import DpmSolver2M, Heun
+from unveil.samplers.latent_solvers import Churn, DpmSolver2M, Heun, SdeDpmSolver2M
 from unveil.samplers.latents import LatentTrajectory, Noise, noised
 from unveil.samplers.trajectory import concatenate
-from unveil.samplers.windows import Progressive, RandomSpan, Span
+from unveil.samplers.windows import ExponentialDecay, LinearDecay, Progressive, RandomSpan, Span
+from unveil.seeds import generator
 
 ALL = set(LatentTrajectory.optional)
 
@@ -156,6 +157,86 @@ def test_a_solver_starts_anew_behind_a_stochastic_step() -> None:
     assert (second.latents[:, 5] - first.latents[:, 5]).abs().max() > 1e-4
 
 
+def own_noise(step: int, count: int = 6) -> Tensor:
+    """What the chains of seeds 0 .. count - 1 draw at a step."""
+    return torch.stack([torch.randn(tiny.SHAPE, generator=generator(seed, "step", step)) for seed in range(count)])
+
+
+def test_churn_raises_the_noise_before_every_step_of_the_solver() -> None:
+    net, churn = tiny.Mlp(VarianceExploding(sigma_max=5.0), "edm"), Churn(amount=1.0, high=2.0)
+    process, told = net.spec.process, net.condition(["a"] * 3 + ["b"] * 3)
+    still = tiny.sampler(kernel=Ddim(eta=0.0), solver=Heun())
+    chains = draw(net, replace(still, churn=churn))
+    assert not chains.noisy.any() and chains.forwards == 6 * 9  # nothing of it can be scored
+    for step, (now, after) in enumerate(zip(chains.times[0, :-1], chains.times[0, 1:], strict=True)):
+        s = after.expand(6)
+        x, t = churn.raised(process, chains.latents[:, step], now.expand(6), own_noise(step), 5)
+        assert (float(t[0]) > float(now)) == (float(process.sigma(now)) <= 2.0)
+
+        def ask(x: Tensor, t: Tensor) -> Any:
+            return net.guess(x, t, told)
+
+        guess = ask(x, t)
+        torch.testing.assert_close(chains.guesses[:, step], guess.x0)
+        expected = deterministic(process, Heun().solve(process, guess, x, t, s, {}, ask), s)
+        torch.testing.assert_close(chains.latents[:, step + 1], expected)
+    assert torch.equal(draw(net, replace(still, churn=Churn(amount=0.0))).latents, draw(net, still).latents)
+    split = draw(net, replace(still, churn=churn), batch_size=2)
+    torch.testing.assert_close(split.latents, chains.latents, rtol=1e-5, atol=1e-5)
+
+
+def test_the_solver_that_goes_through_noise_extrapolates_at_every_step() -> None:
+    net, process = tiny.Mlp(VariancePreserving(), "v"), VariancePreserving()
+    sampler = tiny.sampler(kernel=Ddim(eta=1.0), solver=SdeDpmSolver2M(), grid=Uniform(start=0.98))
+    chains, told = draw(net, sampler), net.condition(["a"] * 3 + ["b"] * 3)
+    assert chains.noisy[:, :-1].all() and chains.log_prob is None and chains.means is None
+    memory: dict[str, Tensor] = {}
+    for step, (now, after) in enumerate(zip(chains.times[0, :-1], chains.times[0, 1:], strict=True)):
+        x, t, s = chains.latents[:, step], now.expand(6), after.expand(6)
+        guess = DpmSolver2M().solve(process, net.guess(x, t, told), x, t, s, memory, never)
+        expected = Ddim(eta=1.0).step(process, guess, x, t, s).sample(own_noise(step))
+        torch.testing.assert_close(chains.latents[:, step + 1], expected, rtol=1e-5, atol=1e-5)
+
+
+def never(x: Tensor, t: Tensor) -> Any:
+    raise AssertionError("the solver asked the network again")
+
+
+def test_steps_behind_the_window_can_be_fewer_and_longer() -> None:
+    net = tiny.Mlp()
+    sampler = tiny.sampler(steps=12, window=Span(start=1, length=2), compress=0.4, solver=DpmSolver2M())
+    chains = draw(net, sampler)
+    grid = Uniform().times(net.spec.process, 12)
+    # 0.4 of the 9 steps behind the window are 4: they end at places 5, 8, 10 and 12 of the grid.
+    assert torch.equal(chains.times[0], grid[[0, 1, 2, 3, 5, 8, 10, 12]])
+    assert chains.noisy[0].tolist() == [False, True, True] + [False] * 4
+    assert chains.forwards == 6 * 7 and sampler.planned_steps == 7
+    whole = draw(net, replace(sampler, compress=1.0))
+    assert torch.equal(chains.latents[:, :4], whole.latents[:, :4])
+    assert replace(sampler, window=Span(start=10, length=2)).planned_steps == 12  # nothing lies behind it
+    late = draw(net, sampler, initial=whole.latents[:, 2], time=float(grid[2]))
+    assert torch.equal(late.times[0], grid[[2, 3, 5, 8, 10, 12]]) and late.noisy[0].tolist() == [True] + [False] * 4
+
+
+@pytest.mark.parametrize("rederive", [False, True])
+def test_a_clamp_cuts_what_is_expected_in_rollout_and_replay(rederive: bool) -> None:
+    net, clamp = tiny.Mlp(VariancePreserving(), "eps"), Clamp(limit=0.5, rederive=rederive)
+    guidance = ClassifierFree(scale=2.0)
+    sampler = tiny.sampler(kernel=Ddim(eta=1.0), guidance=guidance, clamp=clamp)
+    chains = draw(net, sampler)
+    assert chains.guesses.abs().max() == 0.5 and (chains.guesses.abs() < 0.5).any()
+    x, t = chains.latents[:, 1], chains.times[:, 1]
+    said = guidance.guess(net, x, t, net.condition(["a"] * 3 + ["b"] * 3))
+    _, guess = sampler.transition(net, x, t, chains.times[:, 2], net.condition(["a"] * 3 + ["b"] * 3))
+    back = net.spec.process.corrupt(guess.x0, t, guess.eps)
+    assert ((back - x).abs().max() < 1e-4) == rederive and torch.equal(guess.eps, said.eps) != rederive
+    likelihood = TransitionLikelihood(reduce="sum")
+    views = likelihood.views(chains, torch.ones(chains.active.shape), [], net.spec)
+    with torch.no_grad():
+        scores = likelihood.score(net, views, sampler)
+    torch.testing.assert_close(scores.log_prob, likelihood.recorded(views, chains), rtol=1e-6, atol=1e-5)
+
+
 def test_guidance_of_scale_one_is_the_prompt_alone_and_is_counted() -> None:
     net = tiny.Mlp()
     plain, guided = draw(net, tiny.sampler()), draw(net, tiny.sampler(guidance=ClassifierFree(scale=1.0)))
@@ -166,6 +247,9 @@ def test_guidance_of_scale_one_is_the_prompt_alone_and_is_counted() -> None:
     told, blank = net.condition(["a"] * 3 + ["b"] * 3), net.condition([""] * 6)
     expected = net.predict(x, t, blank) + 3 * (net.predict(x, t, told) - net.predict(x, t, blank))
     torch.testing.assert_close(other.guesses[:, 0], x - expected, rtol=1e-4, atol=1e-5)
+    away, wrong = draw(net, tiny.sampler(guidance=ClassifierFree(scale=3.0, negative="b"))), net.condition(["b"] * 6)
+    expected = net.predict(x, t, wrong) + 3 * (net.predict(x, t, told) - net.predict(x, t, wrong))
+    torch.testing.assert_close(away.guesses[:, 0], x - expected, rtol=1e-4, atol=1e-5)
 
 
 def gradient(net: tiny.Mlp, through: bool) -> Tensor:
@@ -191,6 +275,13 @@ def test_windows() -> None:
     assert {span.start for span in drawn} == {1, 2, 3}  # type: ignore[attr-defined]
     assert drawn == [RandomSpan(length=2, low=1, high=5).at(update, 7, 8) for update in range(60)]
     assert {RandomSpan(length=2).at(update, 7, 8).start for update in range(60)} == {0, 1, 2}  # type: ignore[attr-defined]
+    # Of 8 steps the window begins with step 0 .. 6; 8 - 7 p / 8 cut off, and 8 exp(-0.5 max(0, p - 2)) rounded up.
+    for window, stays in (
+        (LinearDecay(length=2, every=8), [8, 7, 6, 5, 4, 3, 2]),
+        (ExponentialDecay(length=2, every=8, after=2, rate=0.5), [8, 8, 8, 5, 3, 2, 2]),
+    ):
+        seen = [window.at(update, 0, 8).start for update in range(sum(stays) + 1)]  # type: ignore[attr-defined]
+        assert seen == [place for place, stay in enumerate(stays) for _ in range(stay)] + [0]
     at = tiny.sampler(window=moving).at(3, 0)
     assert at.window == Span(start=1, length=2) and tiny.sampler().at(3, 0) == tiny.sampler()
 
@@ -200,9 +291,14 @@ def test_windows() -> None:
     [
         (lambda: tiny.sampler(window=Span(start=4, length=2)), "2 steps from step 4 on do not fit into 5 steps"),
         (lambda: tiny.sampler(window=RandomSpan(length=3)), "no span of 3 steps fits between step 0 and step 2 of 5"),
+        (lambda: LinearDecay(every=2, least=3), r"least: should be at most every \(2\), got 3"),
         (lambda: tiny.sampler(branches=2), "branches: the chains share nothing"),
         (lambda: tiny.sampler().check_fits(12), "have the network's own shape, got 12"),
         (lambda: draw_log_prob(), "'log_prob' needs steps with noise"),
+        (
+            lambda: draw_log_prob(kernel=Ddim(eta=1.0), solver=SdeDpmSolver2M()),
+            "'log_prob' is of no use: a step of the solver 'dpmpp_2m_sde' depends on more than the state",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(make: Any, message: str) -> None:
@@ -210,9 +306,9 @@ def test_what_does_not_fit_is_refused(make: Any, message: str) -> None:
         make()
 
 
-def draw_log_prob() -> Any:
+def draw_log_prob(**how: Any) -> Any:
     net = tiny.Mlp()
-    return LatentSampler(steps=2).sample(net, start(net), list(range(6)), needs={"log_prob"})
+    return LatentSampler(steps=2, **how).sample(net, start(net), list(range(6)), needs={"log_prob"})
 
 
 def test_trajectories_are_joined_saved_and_loaded(tmp_path: Path) -> None:

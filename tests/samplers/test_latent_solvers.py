@@ -12,8 +12,9 @@ from torch import Tensor
 
 from unveil.processes.gaussian import Flow, GaussianProcess, Guess, VarianceExploding, VariancePreserving
 from unveil.processes.kernels import Ddim, deterministic
-from unveil.samplers.grids import Uniform
-from unveil.samplers.latent_solvers import DpmSolver2M, First, Heun, LatentSolver, Memory
+from unveil.registry import UserError
+from unveil.samplers.grids import Karras, Uniform
+from unveil.samplers.latent_solvers import Churn, DpmSolver2M, First, Heun, LatentSolver, Memory
 
 PATHS: list[GaussianProcess] = [Flow(), VariancePreserving(), VarianceExploding(sigma_max=20.0, rho=3.0)]
 CENTRES, WIDTH = torch.tensor([-1.2, 0.4, 1.5], dtype=torch.float64), 0.35
@@ -117,3 +118,64 @@ def test_a_flow_from_pure_noise_to_data() -> None:
     errors = [float((run(solver, Flow(), Uniform().times(Flow(), 32), x) - reference).abs().max())
               for solver in (First(), Heun(), DpmSolver2M())]  # fmt: skip
     assert max(errors[1:]) < errors[0] / 3
+
+
+# ---- churn
+
+
+def test_churn_with_heun_is_edms_stochastic_sampler() -> None:
+    """Algorithm 2 of the paper, written out in sigma, on a grid that the churned part lies inside of."""
+    path, steps = VarianceExploding(sigma_max=20.0), 9
+    churn = Churn(amount=3.0, low=0.05, high=4.0, inflation=1.1)
+    times = Karras(ratio_min=0.01).times(path, steps)
+    x = theirs = 20 * torch.randn(5, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    noises = torch.randn(steps, 5, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def network(x: Tensor, t: Tensor) -> Guess:
+        return exact(path, x, t)
+
+    def data(x: Tensor, level: float) -> Tensor:
+        return exact(path, x, path.time(torch.full((len(x),), level, dtype=torch.float64))).x0
+
+    levels = path.sigma(times).tolist()
+    raised = []
+    for step, (now, after) in enumerate(itertools.pairwise(levels)):
+        gamma = min(3.0 / steps, math.sqrt(2) - 1) if 0.05 <= now <= 4.0 else 0.0
+        high = now * (1 + gamma)
+        raised.append(gamma > 0)
+        theirs = theirs + math.sqrt(high**2 - now**2) * 1.1 * noises[step]
+        slope = (theirs - data(theirs, high)) / high
+        there = theirs + (after - high) * slope
+        if after > 0:
+            slope = (slope + (there - data(there, after)) / after) / 2
+        theirs = theirs + (after - high) * slope
+
+        t, s = times[step].expand(5), times[step + 1].expand(5)
+        x, t = churn.raised(path, x, t, noises[step], steps)
+        assert float(path.sigma(t[:1])) == pytest.approx(high)
+        x = deterministic(path, Heun().solve(path, network(x, t), x, t, s, {}, network), s)
+        torch.testing.assert_close(x, theirs, rtol=1e-9, atol=1e-9)
+    assert 0 < sum(raised) < steps
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.name)
+def test_churn_moves_a_noisy_sample_to_more_noise(path: GaussianProcess) -> None:
+    """x = alpha x_0 + sigma eps stays of this form: the share of x_0 and the sum of both noises' variances are those of
+    the later time."""
+    t = torch.tensor([0.1, 0.5, 0.8], dtype=torch.float64)
+    one, none = torch.ones(3, 1, dtype=torch.float64), torch.zeros(3, 1, dtype=torch.float64)
+    churn = Churn(amount=2.0)
+    kept, later = churn.raised(path, one, t, none, 10)
+    added, _ = churn.raised(path, none, t, one, 10)
+    torch.testing.assert_close(path.ratio(later), 1.2 * path.ratio(t))
+    torch.testing.assert_close(kept[:, 0] * path.alpha(t), path.alpha(later))
+    torch.testing.assert_close((kept[:, 0] * path.sigma(t)) ** 2 + added[:, 0] ** 2, path.sigma(later) ** 2)
+    end, at = churn.raised(path, one, torch.ones(3, dtype=torch.float64), one, 10)
+    assert torch.equal(end, one) and (at == 1).all()  # there is no more noise than at t = 1
+    still, same = Churn(amount=0.0).raised(path, one, t, one, 10)
+    assert torch.equal(still, one) and torch.equal(same, t)
+
+
+def test_an_empty_range_of_churn_is_refused() -> None:
+    with pytest.raises(UserError, match="high: should be greater than low, got 1 and 2"):
+        Churn(amount=1.0, low=2.0, high=1.0)

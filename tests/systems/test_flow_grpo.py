@@ -20,7 +20,7 @@ from unveil.systems.flow_grpo import FlowGrpo, variant
 from unveil.training.outcome import Outcome
 from unveil.training.policy_config import PolicyConfig, RolloutConfig
 
-VARIANTS = ("full", "fast", "cps", "mix", "dance")
+VARIANTS = ("full", "fast", "cps", "mix", "flash", "dance")
 
 
 class Bell(tiny.Mlp):
@@ -87,8 +87,11 @@ def test_every_relative_runs_and_its_first_ratios_are_one(tmp_path: Path, name: 
 
 @pytest.mark.parametrize(
     ("name", "trained", "starts"),
-    [("full", range(7), 8), ("fast", None, 8), ("cps", range(7), 8), ("mix", range(4), 2), ("dance", None, 2)],
-)
+    [
+        ("full", range(7), 8), ("fast", None, 8), ("cps", range(7), 8), ("mix", range(4), 2), ("flash", range(4), 2),
+        ("dance", None, 2),
+    ],
+)  # fmt: skip
 def test_what_is_trained_and_shared(tmp_path: Path, name: str, trained: range | None, starts: int) -> None:
     job = tiny.job(tmp_path, composed(name))
     rollouts = job._sampled(0)
@@ -104,7 +107,7 @@ def test_what_is_trained_and_shared(tmp_path: Path, name: str, trained: range | 
     else:
         assert {len(own) for own in steps} == {round(0.6 * 7)} and len({tuple(own) for own in steps}) > 1
         assert all(7 not in own for own in steps)
-    assert chains.latents is not None
+    assert chains.latents is not None and chains.steps == (6 if name == "flash" else 8)
     assert len(chains.latents[:, 0].flatten(1).unique(dim=0)) == starts
 
 

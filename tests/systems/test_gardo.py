@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 import tiny_images as tiny
+import unveil
 from unveil.learning.objectives import Reinforce
 from unveil.learning.regularisers import MeanSpace, Velocity
 from unveil.learning.selectors import AllSteps
 from unveil.learning.views import FIRST
+from unveil.recipe import build, load
 from unveil.registry import UserError
 from unveil.rewards.base import Metadata, Metric, Part, Reward, Score, Shaped, Sum
 from unveil.rewards.features import JudgeFeatures, Pixels
@@ -24,6 +26,7 @@ from unveil.systems.gardo import Gardo, NoveltyAdvantage, UncertaintyGate, reset
 from unveil.training.outcome import Outcome, join
 from unveil.training.policy_config import PolicyConfig, RolloutConfig
 from unveil.training.policy_job import PolicyJob
+from unveil.training.runs import TrainRecipe
 
 NO_GROUPS = torch.zeros(6, dtype=torch.long)
 
@@ -228,6 +231,70 @@ def test_resets(tmp_path: Path, limit: float, every: int, expected: list[int]) -
     reference, live = trainer.snapshots.sets["reference"].values, dict(policy_job.denoiser.named_parameters())
     equal = all(torch.equal(value, live[name]) for name, value in reference.items())
     assert equal == bool(expected[-1])
+
+
+def on_nft(folder: Path, **changes: Any) -> PolicyJob:
+    """The three parts beside DiffusionNFT's loss, as the recipe composes them."""
+    recipe = build(TrainRecipe, load(Path(unveil.__file__).parent / "recipes" / "gardo" / "nft.yaml"))
+    policy, share = recipe.policy, changes.pop("share", recipe.policy.rollout.sampler.share)
+    sampler = replace(policy.rollout.sampler, steps=5, share=share)
+    rollout = replace(policy.rollout, sampler=sampler, prompts=2, group_size=4)
+    own = {"task": tiny.Bright(), "reward": audited(), "rollout": rollout} | changes
+    policy = replace(policy, advantage=NoveltyAdvantage(), **own)
+    return tiny.job(folder, policy, snapshots=recipe.snapshots)
+
+
+def test_on_diffusion_nft_the_gate_holds_velocities(tmp_path: Path) -> None:
+    """The recipe's update: the gradient is DiffusionNFT's alone plus beta times the mean over held samples and copies
+    of |v - v_ref|^2 by autograd; the logged distance, which resets read, is this mean."""
+    policy_job = on_nft(tmp_path, gate=UncertaintyGate(share=0.4))
+    net, trainer, policy = policy_job.denoiser, policy_job.trainer, policy_job.policy
+    for name in ("reference", "old"):
+        for value in trainer.snapshots.sets[name].values.values():
+            value += 0.05
+    batches: list[Any] = []
+    make = policy_job.steps.batch
+    policy_job.steps.batch = lambda *rest, **how: batches.append((rest[0], make(*rest, **how))) or batches[-1][1]  # type: ignore
+
+    def gradient(job: PolicyJob) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        def optimise(losses: Any) -> dict[str, float]:
+            job.denoiser.zero_grad()
+            for loss in losses:
+                loss().backward()
+            return {}
+
+        metrics = job.update(0, optimise)
+        return metrics, {name: p.grad.clone() for name, p in job.denoiser.named_parameters() if p.grad is not None}
+
+    metrics, found = gradient(policy_job)
+    (rollouts, batch), = batches
+    held = rollouts.gate > 0
+    assert 0 < held.sum() < 8
+    views = batch.views
+    rows = held[views.rows].nonzero().flatten()
+    process = net.spec.process
+
+    def velocity() -> Tensor:
+        x = process.corrupt(views.clean[rows], views.times[rows], views.noise[rows])
+        return net.predict(x, views.times[rows], views.condition.rows(rows))
+
+    with torch.no_grad(), trainer.using("reference"):
+        reference = velocity()
+    distance = (velocity() - reference).square().flatten(1).mean(1).mean()
+    assert metrics["kl"] == pytest.approx(distance.item(), rel=1e-4)
+    net.zero_grad()
+    (policy.kl.beta * distance).backward()
+    own = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    policy.kl.beta = 0.0
+    _, rest = gradient(policy_job)
+    for name, value in found.items():
+        torch.testing.assert_close(value, rest[name] + own[name], rtol=1e-3, atol=1e-5)
+    assert any(value.abs().max() > 1e-3 for value in own.values())
+
+
+def test_one_noise_for_a_group_of_an_ode_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="share: 'noise' with chains that draw no noise makes all samples of a"):
+        on_nft(tmp_path, share="noise")
 
 
 def test_its_memory_is_saved(tmp_path: Path) -> None:

@@ -147,21 +147,37 @@ def test_step_weights_by_hand(tmp_path: Path, kernel: Kernel) -> None:
         torch.testing.assert_close(kl, torch.full((48, 1), 1 / 48))
 
 
-def test_slope_makes_gradients_of_all_steps_alike(tmp_path: Path) -> None:
-    """d log rho^ / d velocity is z (t - s) (1 + g^2 (1 - t) / (2 t)) / dimensions, so times ``slope`` it is z."""
-    policy_job = job(tmp_path, likelihood=RegulatedRatio(reduce="sum"))
-    chains, views = drawn(policy_job, RegulatedRatio(reduce="sum"))
+def velocity_gradient(policy_job: PolicyJob) -> tuple[Any, Any, Tensor, Tensor]:
+    """Trajectory, views, d log rho^ / d velocity of every step up to its sign, and the noise z that it was drawn by."""
+    likelihood = RegulatedRatio(reduce="sum")
+    chains, views = drawn(policy_job, likelihood)
     (x, t), (after, s) = views.before, views.after
     velocity = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype).requires_grad_()
     process, kernel = policy_job.denoiser.spec.process, policy_job.policy.rollout.sampler.kernel
     new = kernel.step(process, process.guess(velocity, "u", x, t), x, t, s)
     assert chains.means is not None
     old = Gaussian(chains.means[views.rows, views.steps], new.std)
-    RegulatedRatio(reduce="sum").log_ratio(new, old, after).sum().backward()
-    factor = StepWeighted(delta="slope").factor(views, chains).view(-1, 1, 1, 1)
-    noise = (after - old.mean) / new.std.view(-1, 1, 1, 1)
+    likelihood.log_ratio(new, old, after).sum().backward()
     assert velocity.grad is not None
-    torch.testing.assert_close(-velocity.grad * factor, noise, rtol=1e-6, atol=1e-8)
+    return chains, views, -velocity.grad, (after - old.mean) / new.std.view(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("kernel", [FlowSde(noise=0.7), DanceSde(noise=0.3)])
+def test_slope_makes_gradients_of_all_steps_alike(tmp_path: Path, kernel: Kernel) -> None:
+    """d log rho^ / d velocity is z (t - s) (1 + g^2 (1 - t) / (2 t)) / dimensions, so times ``slope`` it is z."""
+    chains, views, gradient, noise = velocity_gradient(job(tmp_path, kernel, likelihood=RegulatedRatio(reduce="sum")))
+    factor = StepWeighted(delta="slope").factor(views, chains).view(-1, 1, 1, 1)
+    torch.testing.assert_close(gradient * factor, noise, rtol=1e-6, atol=1e-8)
+
+
+def test_two_weights_for_the_dance_kernel(tmp_path: Path) -> None:
+    """The weight as stated leaves the square of the bracket in a step's gradient."""
+    policy_job = job(tmp_path, DanceSde(noise=0.3), likelihood=RegulatedRatio(reduce="sum"))
+    chains, views, gradient, noise = velocity_gradient(policy_job)
+    factor = StepWeighted(delta="dance").factor(views, chains).view(-1, 1, 1, 1)
+    t = views.before[1]
+    bracket = (1 + 0.09 * (1 - t) / (2 * t)).view(-1, 1, 1, 1)
+    torch.testing.assert_close(gradient * factor, noise * bracket**2, rtol=1e-6, atol=1e-8)
 
 
 def test_refused(tmp_path: Path) -> None:

@@ -236,6 +236,20 @@ def test_prompt_files_in_both_forms(tmp_path: Path) -> None:
         task.problems("train", 3, 0)
 
 
+def test_a_list_of_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "animals.json"
+    path.write_text(json.dumps(["a cat", "a dog", "a cat", "a fox"]))
+    task = Prompts(train_file=str(path), test_file=str(path))
+    assert [problem.prompt for problem in task.problems("test", 3, 0)] == ["a cat", "a dog", "a fox"]
+    for content, message in (
+        ('["a cat", {"prompt": "a dog"}]', "entry 2 is no prompt"), ('{"prompt": "a cat"}', "expected a JSON list"),
+        ('["a cat"', "not valid JSON"),
+    ):  # fmt: skip
+        path.write_text(content)
+        with pytest.raises(UserError, match=rf"animals\.json: {message}"):
+            Prompts(train_file=str(path)).problems("train", 1, 0)
+
+
 def test_without_a_test_file_one_prompt_in_ten_is_held_out(tmp_path: Path) -> None:
     path = tmp_path / "many.txt"
     path.write_text("\n".join(f"prompt {number}" for number in range(1000)))

@@ -94,7 +94,14 @@ def _recipe(args: argparse.Namespace) -> Any:
     found = [kind for key, kind in _KINDS.items() if key in data]
     if len(found) != 1:
         raise UserError(f"{path}: neither a recipe for `unveil train` nor one for `unveil pretrain`")
-    return build(TrainRecipe if found[0] == "train" else PretrainRecipe, data)
+    recipe = build(TrainRecipe if found[0] == "train" else PretrainRecipe, data)
+    task = getattr(getattr(recipe, "policy", None), "task", None)
+    if task is not None and task.medium != "text":
+        raise UserError(
+            f"policy.task: {task.name!r} has samples of kind {task.medium!r} (allowed: tasks of texts, only their "
+            "models are planned)"
+        )
+    return recipe
 
 
 def _model(recipe: Any) -> tuple[str, Path | None]:

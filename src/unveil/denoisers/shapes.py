@@ -120,8 +120,9 @@ def shape_of(name_or_path: str, folder: Path | None) -> tuple[str, Shape]:
     found = [key for key in sorted(KNOWN, key=len, reverse=True) if short.startswith(key)]
     found += [known for start, known in sorted(_ALIASES.items(), reverse=True) if short.startswith(start)]
     if not found:
-        known = f"allowed: a folder, {', '.join(KNOWN)}"
-        raise UserError(f"model.path: nothing is known of {name_or_path!r}{did_you_mean(short, KNOWN)} ({known})")
+        raise UserError(
+            f"model.path: nothing is known of {name_or_path!r}, and there is no such folder{did_you_mean(short, KNOWN)}"
+        )
     return f"published shape {found[0]}", shape_of_config(KNOWN[found[0]])
 
 

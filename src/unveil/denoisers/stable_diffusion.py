@@ -28,12 +28,11 @@ class StableDiffusion(PipelineDenoiser):
             raise UserError(f"scheduler: beta_schedule {schedule!r} is not known (allowed: {', '.join(_BETAS)})")
         if kind not in _PREDICTIONS:
             raise UserError(f"scheduler: prediction_type {kind!r} is not known (allowed: {', '.join(_PREDICTIONS)})")
-        for key in ("trained_betas", "rescale_betas_zero_snr"):
-            if config.get(key):
-                raise UserError(f"scheduler: {key} is set, which is not supported")
+        if config.get("trained_betas"):
+            raise UserError("scheduler: trained_betas is set, which is not supported")
         process = VariancePreserving(
             betas=cast(Any, _BETAS[schedule]), steps=config["num_train_timesteps"], low=config["beta_start"],
-            high=config["beta_end"],
+            high=config["beta_end"], zero_terminal=bool(config.get("rescale_betas_zero_snr")),
         )  # fmt: skip
         return process, _PREDICTIONS[kind]
 

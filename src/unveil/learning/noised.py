@@ -113,6 +113,11 @@ class FinishedLikelihood(Likelihood):
     def check_fits(self, sampler: Sampler, denoiser: Any) -> None:
         if not isinstance(sampler, LatentSampler):
             raise UserError(f"policy.likelihood: {self.name!r} is for samples of 'latent', not of {sampler.name!r}")
+        if sampler.greedy:
+            raise UserError(
+                f"policy.rollout.sampler.share: {sampler.share!r} with chains that draw no noise makes all samples of "
+                "a group equal (allowed: nothing; or a kernel with noise)"
+            )
 
 
 @dataclass(kw_only=True)

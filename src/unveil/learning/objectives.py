@@ -75,6 +75,7 @@ class Clipped(Objective, name="clipped"):
         return {
             "ratio_mean": ratio.mean().item(),
             "ratio_deviation": (ratio - 1).abs().mean().item(),
+            "approx_kl": 0.5 * (log_prob - old).square().mean().item(),
             "clip_low": ((ratio < 1 - self.clip) & (advantage < 0)).float().mean().item(),
             "clip_high": ((ratio > 1 + (self.clip_high or self.clip)) & (advantage > 0)).float().mean().item(),
         }

@@ -31,7 +31,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from unveil.registry import Plugin
+from unveil.registry import Plugin, UserError
 
 Prediction = Literal["eps", "x0", "v", "u", "edm"]
 Reduce = Literal["sum", "mean"]
@@ -241,6 +241,13 @@ class VariancePreserving(GaussianProcess, name="vp"):
     """First beta."""
     high: Annotated[float, Field(gt=0, lt=1)] = 0.02
     """Last beta."""
+    zero_terminal: bool = False
+    """Shift and stretch alpha over the table so that its last entry is 0, pure noise (arXiv 2305.08891). Sampling then
+    starts where training ended; eps says nothing at t = 1, so the network should predict v or x_0."""
+
+    def __post_init__(self) -> None:
+        if self.zero_terminal and self.steps == 1:
+            raise UserError("zero_terminal: needs a table of at least 2 steps, got 1")
 
     def timestep(self, t: Tensor) -> Tensor:
         """Place in the table of times t: 0 to steps - 1, fractions in between; float64."""
@@ -258,27 +265,35 @@ class VariancePreserving(GaussianProcess, name="vp"):
         piece = (t.double() * self.steps).ceil().long().sub(1).clamp(0, self.steps - 1)
         slope = (table[piece + 1] - table[piece]) * self.steps
         squared = self._log_squared(t)
-        return 0.5 * slope * (0.5 * squared).exp(), -0.5 * slope * squared.exp() / (-torch.expm1(squared)).sqrt()
+        alpha, sigma = (0.5 * squared).exp(), (-torch.expm1(squared)).sqrt()
+        steep = -(0.5 * table[piece]).exp() * self.steps  # of alpha, in a piece that ends in pure noise
+        return (
+            torch.where(slope.isinf(), steep, 0.5 * slope * alpha),
+            torch.where(slope.isinf(), -alpha * steep / sigma, -0.5 * slope * squared.exp() / sigma),
+        )
 
     def time(self, ratio: Tensor) -> Tensor:
         falling = -self._table().to(ratio.device)  # 0, ..., large
         wanted = torch.log1p(ratio.double() ** 2).clamp(max=float(falling[-1]))
         piece = torch.searchsorted(falling, wanted).sub(1).clamp(0, self.steps - 1)
         left, right = falling[piece], falling[piece + 1]
-        return (piece + (wanted - left) / (right - left)) / self.steps
+        part = torch.where(right.isinf(), -torch.expm1((left - wanted) / 2), (wanted - left) / (right - left))
+        return (piece + part) / self.steps
 
     def _log_squared(self, t: Tensor) -> Tensor:
-        """log alpha^2 at times t."""
+        """log alpha^2 at times t. In a piece that ends in pure noise alpha itself is interpolated."""
         table, place = self._table().to(t.device), t.double() * self.steps
         piece = place.floor().long().clamp(0, self.steps - 1)
-        return table[piece] + (place - piece) * (table[piece + 1] - table[piece])
+        left, fall, part = table[piece], table[piece + 1] - table[piece], place - piece
+        straight = left + part * fall.masked_fill(fall.isinf(), 0.0)
+        return torch.where(fall.isinf(), left + 2 * torch.log1p(-part), straight)
 
     def _table(self) -> Tensor:
-        return _log_cumulative(self.betas, self.steps, self.low, self.high)
+        return _log_cumulative(self.betas, self.steps, self.low, self.high, self.zero_terminal)
 
 
 @functools.cache
-def _log_cumulative(betas: str, steps: int, low: float, high: float) -> Tensor:
+def _log_cumulative(betas: str, steps: int, low: float, high: float, zero_terminal: bool) -> Tensor:
     """(steps + 1,) float64: log of the cumulative product of 1 - beta, from 0."""
     if betas == "cosine":
         place = torch.arange(steps + 1, dtype=torch.float64) / steps
@@ -288,7 +303,12 @@ def _log_cumulative(betas: str, steps: int, low: float, high: float) -> Tensor:
         beta = torch.linspace(low**0.5, high**0.5, steps, dtype=torch.float64) ** 2
     else:
         beta = torch.linspace(low, high, steps, dtype=torch.float64)
-    return torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-beta).cumsum(0)])
+    table = torch.log1p(-beta).cumsum(0)
+    if zero_terminal:
+        alpha = (0.5 * table).exp()
+        # The first entry stays, the last becomes 0.
+        table = 2 * ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])).log()
+    return torch.cat([torch.zeros(1, dtype=torch.float64), table])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,8 +20,8 @@ from unveil.processes.kernels import Ddim, Kernel, deterministic
 from unveil.registry import UserError
 from unveil.samplers.base import Sampler
 from unveil.samplers.grids import Grid, Uniform
-from unveil.samplers.guidance import Guidance, NoGuidance
-from unveil.samplers.latent_solvers import First, LatentSolver, Memory
+from unveil.samplers.guidance import Clamp, Guidance, NoGuidance
+from unveil.samplers.latent_solvers import Churn, First, LatentSolver, Memory
 from unveil.samplers.latents import LatentTrajectory, Noise
 from unveil.samplers.windows import Everywhere, Window
 from unveil.seeds import derive_seed, generator
@@ -46,8 +46,14 @@ class LatentSampler(Sampler, name="latent"):
     """How the other steps are made; by default without noise."""
     solver: LatentSolver = field(default_factory=First)
     """Of steps without noise."""
+    churn: Churn | None = None
+    """Noise that is added before every step without noise, and taken away by it (EDM)."""
+    compress: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the steps behind the window that remains, at least one; they are the longer (MixGRPO-Flash)."""
     guidance: Guidance = field(default_factory=NoGuidance)
     """What becomes of the prompt's prediction. The policy is the guided one."""
+    clamp: Clamp | None = None
+    """The interval that the expected x_0 is cut to; None: it stays as it is."""
     share: Literal["nothing", "noise", "prefix"] = "nothing"
     """What the chains of one problem have in common: nothing, the initial noise, or everything before the window, which
     is then computed once (branches of one stem)."""
@@ -60,8 +66,14 @@ class LatentSampler(Sampler, name="latent"):
             raise UserError("branches: the chains share nothing (allowed with share: noise, prefix)")
 
     @property
+    def greedy(self) -> bool:
+        noisy = self.kernel.stochastic or self.outside.stochastic or self.churn is not None
+        return self.share != "nothing" and self.branches is None and not noisy
+
+    @property
     def planned_steps(self) -> int | None:
-        return self.steps
+        first, kept = self._behind()
+        return first + kept
 
     def at(self, update: int, seed: int) -> LatentSampler:
         return replace(self, window=self.window.at(update, seed, self.steps))
@@ -74,23 +86,47 @@ class LatentSampler(Sampler, name="latent"):
             )
 
     def refused_fields(self) -> dict[str, str]:
-        if self.kernel.stochastic:
-            return {}
-        return {"log_prob": "needs steps with noise, and the sampler's kernel has none"}
+        if not self.kernel.stochastic:
+            return {"log_prob": "needs steps with noise, and the sampler's kernel has none"}
+        if self.solver.through_noise:
+            why = f"is of no use: a step of the solver {self.solver.name!r} depends on more than the state before it"
+            return {"log_prob": why, "means": why}
+        return {}
 
     def times(self, denoiser: ContinuousDenoiser, start: float = 1.0) -> Tensor:
         """(S + 1,) float64 times of the states of a chain that starts at ``start``."""
         grid = self.grid.times(denoiser.spec.process, self.steps)
+        first, kept = self._behind()
+        if first + kept < self.steps:
+            places = torch.linspace(first, self.steps, kept + 1).round().long()  # of the grid's own times
+            grid = torch.cat([grid[:first], grid[places]])
         if start >= 1:
             return grid
         return torch.cat([grid.new_tensor([start]), grid[grid < start]])
+
+    def inside(self, steps: int) -> Tensor:
+        """(steps,) True at the steps in the window, of a chain that takes the last ``steps`` of the grid's."""
+        first, kept = self._behind()
+        return self.window.inside(self.steps)[: first + kept][-steps:]
+
+    def _behind(self) -> tuple[int, int]:
+        """The first step behind the window, and how many steps there are from there on."""
+        inside = self.window.inside(self.steps).nonzero()
+        first = int(inside[-1]) + 1 if len(inside) else 0
+        rest = self.steps - first
+        return first, max(1, round(self.compress * rest)) if rest else 0
 
     def transition(
         self, denoiser: ContinuousDenoiser, x: Tensor, t: Tensor, s: Tensor, condition: Condition
     ) -> tuple[Gaussian, Guess]:
         """The distribution of x_s given x (B, *D) inside the window, times t and s (B,), and the guess behind it."""
-        guess = self.guidance.guess(denoiser, x, t, condition)
+        guess = self.guess(denoiser, x, t, condition)
         return self.kernel.step(denoiser.spec.process, guess, x, t, s), guess
+
+    def guess(self, denoiser: ContinuousDenoiser, x: Tensor, t: Tensor, condition: Condition) -> Guess:
+        """What a step at x (B, *D), times t (B,), is made with."""
+        guess = self.guidance.guess(denoiser, x, t, condition)
+        return guess if self.clamp is None else self.clamp.cut(denoiser.spec.process, guess, x, t)
 
     def sample_batch(
         self, denoiser: ContinuousDenoiser, start: Noise, seeds: Sequence[int], needs: frozenset[str]
@@ -113,8 +149,7 @@ class _Chains:
         self.process, self.device = denoiser.spec.process, denoiser.device
         self.times = sampler.times(denoiser, start.time)
         self.steps = len(self.times) - 1
-        skipped = sampler.steps - self.steps  # of a grid that is entered late
-        self.inside = sampler.window.inside(sampler.steps)[skipped:]
+        self.inside = sampler.inside(self.steps)
         first = int(self.inside.nonzero()[0]) if bool(self.inside.any()) else self.steps
         self.own_from = first if sampler.share == "prefix" else 0
         stems = self._stems(start)
@@ -150,23 +185,29 @@ class _Chains:
         t, s = self.times[step].expand(count), self.times[step + 1].expand(count)
         inside = bool(self.inside[step])
         kernel = sampler.kernel if inside else sampler.outside
-        guess = sampler.guidance.guess(self.denoiser, x, t, condition)
-        self.forwards += count * sampler.guidance.evaluations
-        gaussian = kernel.step(self.process, guess, x, t, s) if kernel.stochastic else None
+        if sampler.churn is not None and not kernel.stochastic:
+            x, t = sampler.churn.raised(self.process, x, t, self._noise(step), sampler.steps)
+
+        def asked(x: Tensor, t: Tensor) -> Guess:
+            self.forwards += count * sampler.guidance.evaluations
+            return sampler.guess(self.denoiser, x, t, condition)
+
+        def solved() -> Guess:
+            return sampler.solver.solve(self.process, guess, x, t, s, self.memory, asked)
+
+        guess = asked(x, t)
+        through = kernel.stochastic and sampler.solver.through_noise
+        better = solved() if through else guess
+        gaussian = kernel.step(self.process, better, x, t, s) if kernel.stochastic else None
         noisy = gaussian is not None and bool((gaussian.std > 0).all())
         if gaussian is not None and noisy:
             after = gaussian.sample(self._noise(step))
-            self.memory = {}  # what a solver remembers is of a chain without noise
+            if not through:
+                self.memory = {}  # what a solver remembers is of a chain without noise
         else:
-
-            def again(x: Tensor, t: Tensor) -> Guess:
-                self.forwards += count * sampler.guidance.evaluations
-                return sampler.guidance.guess(self.denoiser, x, t, condition)
-
-            better = sampler.solver.solve(self.process, guess, x, t, s, self.memory, again)
-            after = deterministic(self.process, better, s)
+            after = deterministic(self.process, better if through else solved(), s)
             gaussian = Gaussian(mean=after, std=torch.zeros(count, dtype=torch.float64))
-        self._record(x, guess, gaussian, after, noisy)
+        self._record(self.x, guess, gaussian, after, noisy)
         self.noisy.append(torch.full((self.batch,), noisy and inside))
         self.x = after
 

@@ -6,6 +6,9 @@ Few stochastic steps are enough for policy optimisation, and the others are chea
 
 from __future__ import annotations
 
+import bisect
+import itertools
+import math
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -111,7 +114,41 @@ class Progressive(Window, name="progressive"):
 
     def at(self, update: int, seed: int, steps: int) -> Window:
         starts = range(0, steps - self.length + 1, self.stride)
-        return Span(start=starts[update // self.every % len(starts)], length=self.length)
+        stays = [self.stay(start, steps) for start in starts]
+        ends = list(itertools.accumulate(stays))
+        return Span(start=starts[bisect.bisect_right(ends, update % ends[-1])], length=self.length)
 
     def inside(self, steps: int) -> Tensor:
         return self.at(0, 0, steps).inside(steps)
+
+    def stay(self, start: int, steps: int) -> int:
+        """Updates that the window stays where it begins with step ``start``."""
+        return self.every
+
+
+@dataclass(kw_only=True)
+class LinearDecay(Progressive, name="linear_decay"):
+    """As `progressive`, but the window moves on the faster the cleaner its steps are (MixGRPO's ``decay``)."""
+
+    least: Annotated[int, Field(ge=1)] = 1
+    """Updates between two moves that ``every`` falls to at the end of the chain."""
+
+    def __post_init__(self) -> None:
+        if self.least > self.every:
+            raise UserError(f"least: should be at most every ({self.every}), got {self.least}")
+
+    def stay(self, start: int, steps: int) -> int:
+        return max(self.least, int(self.every + (self.least - self.every) * start / steps))
+
+
+@dataclass(kw_only=True)
+class ExponentialDecay(Progressive, name="exponential_decay"):
+    """As `progressive` up to a step, and from there on faster and faster (MixGRPO's ``exp_decay``)."""
+
+    after: Annotated[int, Field(ge=0)] = 13
+    """First step up to which ``every`` holds."""
+    rate: Annotated[float, Field(gt=0)] = 0.1
+    """By this the logarithm of ``every`` falls per step behind it."""
+
+    def stay(self, start: int, steps: int) -> int:
+        return math.ceil(self.every * math.exp(-self.rate * max(0, start - self.after)))

@@ -15,6 +15,7 @@ two gradient steps per rollout, each on half of the images. Its relatives differ
     fast       a window of 2 steps, drawn anew per update in the noisy half, by ``cps``; no KL, c = 1e-5
     cps        all steps by ``cps`` (2509.05952), which leaves no residual noise; -|x_s - mean|^2 stands for log p
     mix        a window of 4 steps that moves on every 25 updates (MixGRPO, 2507.21802); one initial noise per group
+    flash      the same, and of the steps behind the window only 0.4 (MixGRPO-Flash)
     dance      g constant (DanceGRPO, 2505.07818), 60 % of the steps per image; one initial noise per group; no KL
 
 Differs from the released code: at t = 1, where g has a pole, the rate is that of the step's end, as in the code, but no
@@ -67,17 +68,16 @@ def variant(name: str, **sampler: Any) -> tuple[LatentSampler, FlowGrpo]:
     """
     none = MeanSpace(beta=0.0)
     fast = {"objective": Clipped(clip=1e-5, level="step"), "kl": none}
+    mix = {
+        "kernel": FlowSde(noise=0.7), "window": Progressive(length=4, every=25), "share": "noise",
+        "solver": DpmSolver2M(),
+    }  # fmt: skip
     known: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "full": ({"kernel": FlowSde(noise=0.7)}, {}),
         "fast": ({"kernel": CoefficientsPreserving(noise=0.8), "window": RandomSpan(length=2)}, fast),
         "cps": ({"kernel": CoefficientsPreserving(noise=0.8)}, {"likelihood": TransitionLikelihood(form="squares")}),
-        "mix": (
-            {
-                "kernel": FlowSde(noise=0.7), "window": Progressive(length=4, every=25), "share": "noise",
-                "solver": DpmSolver2M(),
-            },
-            {"kl": none},
-        ),
+        "mix": (mix, {"kl": none}),
+        "flash": (mix | {"compress": 0.4}, {"kl": none}),
         "dance": (
             {"kernel": DanceSde(noise=0.3), "share": "noise"},
             {"kl": none, "selector": ButLast(share=0.6), "advantage": GroupAdvantage()},

@@ -113,7 +113,7 @@ class StepWeighted(TokenMean, name="by_step"):
     delta: Literal["one", "inverse_length", "slope", "dance", "std"] = "inverse_length"
     """``inverse_length``: 1 / (t - s), for Flow-GRPO's SDE. ``slope``: 1 / (d mean / d velocity) of a flow's step by
     either SDE, (t - s) (1 + g^2 (1 - t) / (2 t)), so that steps weigh the same. ``dance``: as stated for DanceGRPO,
-    that bracket over t - s. ``std``: of the step (TempFlow-GRPO). ``one``: no factor."""
+    that bracket over t - s; gradients then keep its square. ``std``: of the step (TempFlow-GRPO). ``one``: none."""
 
     def weights(
         self, views: Any, advantage: Tensor, trajectory: Any, total: Callable[[float], float]

@@ -57,6 +57,21 @@ def read_text_lines(path: str | Path) -> list[tuple[int, str]]:
     return [(number, line.strip()) for number, line in enumerate(_read_lines(path), start=1) if line.strip()]
 
 
+def read_json_list(path: str | Path) -> list[Any]:
+    """The entries of a file that is one JSON list.
+
+    Raises:
+        UserError: the file is missing, empty or not UTF-8, or holds no JSON list.
+    """
+    try:
+        rows = json.loads("\n".join(_read_lines(path)))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: expected a JSON list, got {_short(json.dumps(rows))}")
+    return rows
+
+
 def read_csv(path: str | Path, required_columns: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
     """Line number (from 1, the header's) and fields by column name of every row of a CSV file with a header.
 

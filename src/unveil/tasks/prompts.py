@@ -20,7 +20,7 @@ from unveil.registry import UserError
 from unveil.rewards.base import Reward
 from unveil.seeds import derive_seed, generator
 from unveil.tasks.base import Problem, Split, Verdict
-from unveil.tasks.files import choose_rows, read_json_lines, read_text_lines
+from unveil.tasks.files import choose_rows, read_json_lines, read_json_list, read_text_lines
 from unveil.tasks.images import ImageTask, require
 
 TEST_SHARE = 10
@@ -61,9 +61,9 @@ class _Judged(ImageTask):
 class Prompts(_Judged, name="prompts"):
     """Prompts without images: from files, or from a function as TRL's DDPO trainer takes it.
 
-    A ``.txt`` file holds a prompt per line. Any other is JSON lines: ``prompt``, and further keys that become the
-    metadata of rewards (those of an object ``metadata`` too). Equal prompts count once. Without ``test_file`` one
-    prompt in ten, by a stable hash, is test.
+    A ``.txt`` file holds a prompt per line, a ``.json`` file one list of prompts. Any other is JSON lines: ``prompt``,
+    and further keys that become the metadata of rewards (those of an object ``metadata`` too). Equal prompts count
+    once. Without ``test_file`` one prompt in ten, by a stable hash, is test.
     """
 
     train_file: str | None = None
@@ -209,6 +209,12 @@ def _read(path: str) -> list[Problem]:
     if path.endswith(".txt"):
         for _, line in read_text_lines(path):
             found.setdefault(line, _problem(line, {}))
+        return list(found.values())
+    if path.endswith(".json"):
+        for number, entry in enumerate(read_json_list(path), start=1):
+            if not isinstance(entry, str) or not entry.strip():
+                raise UserError(f"{path}: entry {number} is no prompt (allowed: a list of strings; else JSON lines)")
+            found.setdefault(entry, _problem(entry, {}))
         return list(found.values())
     for _, row in read_json_lines(path, ("prompt",)):
         inner = row.get("metadata")

@@ -206,6 +206,9 @@ class GradientSteps:
         if count:  # a micro-batch may hold nothing that counts
             if scores.entropy is not None:
                 batch.diagnostics.add({"entropy": scores.entropy[items].mean().item()}, len(log_prob))
+            if scores.velocity is not None:
+                scale = scores.velocity.detach().flatten(1).square().mean(1).sqrt().mean().item()
+                batch.diagnostics.add({"velocity_scale": scale}, len(views))
             batch.diagnostics.add(objective.diagnostics(new.detach(), before, advantage), count)
             if views.steps_are_units:
                 batch.units.append(tuple(one.detach().cpu() for one in (views.steps, new, before, advantage)))  # type: ignore[arg-type]

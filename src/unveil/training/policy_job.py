@@ -20,6 +20,7 @@ from unveil.learning.views import Inner
 from unveil.registry import UserError
 from unveil.samplers.base import Sampler
 from unveil.samplers.masked import MaskedSampler
+from unveil.samplers.trajectory import check_needs
 from unveil.seeds import derive_seed, generator
 from unveil.tasks.base import Problem
 from unveil.tasks.evaluate import chain_copies, evaluate, judge, sample_problems
@@ -64,6 +65,7 @@ class PolicyJob:
             sampler.check_denoiser(self.denoiser)
             sampler.check_fits(rollout.response_length)
         policy.likelihood.check_fits(rollout.sampler, self.denoiser)
+        check_needs(self._needs(), rollout.sampler.leaves, rollout.sampler.refused_fields())
         if policy.groups is not None:
             policy.groups.check_fits(rollout.sampler, rollout.group_size, rollout.response_length)
         if rollout.sampler.greedy and policy.likelihood.scores_samples:
