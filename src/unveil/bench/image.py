@@ -129,7 +129,7 @@ class Sides:
         self.ours()
         self.job._roll = roll  # type: ignore[method-assign]
         chains = drawn[0].trajectory
-        latents, scores = chains.latents.transpose(0, 1), chains.log_prob.T / chains.samples[0].numel()
+        latents, scores = chains.scored.transpose(0, 1), chains.log_prob.T / chains.samples[0].numel()
         ids = chains.condition["ids"]
         self.plain.update(latents, scores.float(), ids, self._rewards(latents[-1]))
         pairs = zip(self.denoiser.parameters(), self.other.parameters(), strict=True)

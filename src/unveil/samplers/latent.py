@@ -22,7 +22,7 @@ from unveil.samplers.base import Sampler
 from unveil.samplers.grids import Grid, Uniform
 from unveil.samplers.guidance import Guidance, NoGuidance
 from unveil.samplers.latent_solvers import First, LatentSolver, Memory
-from unveil.samplers.latents import LatentTrajectory, Noise
+from unveil.samplers.latents import LatentTrajectory, Noise, at_ends
 from unveil.samplers.windows import Everywhere, Window
 from unveil.seeds import derive_seed, generator
 
@@ -129,8 +129,9 @@ class _Chains:
         self.x = self._initial(start.initial, stems)
         self.memory: Memory = {}
         self.forwards = 0
-        self.kept: dict[str, list[Tensor]] = {name: [] for name in needs}
-        self.noisy: list[Tensor] = []
+        self.states: list[Tensor] = []
+        self.kept: dict[str, list[Tensor]] = {name: [] for name in needs - {"latents", "scored", "times"}}
+        self.noisy: list[bool] = []
 
     def run(self) -> LatentTrajectory:
         told = self.condition
@@ -167,7 +168,7 @@ class _Chains:
             after = deterministic(self.process, better, s)
             gaussian = Gaussian(mean=after, std=torch.zeros(count, dtype=torch.float64))
         self._record(x, guess, gaussian, after, noisy)
-        self.noisy.append(torch.full((self.batch,), noisy and inside))
+        self.noisy.append(noisy and inside)
         self.x = after
 
     def _stems(self, start: Noise) -> list[int]:
@@ -197,10 +198,10 @@ class _Chains:
         def all_chains(value: Tensor) -> Tensor:
             return (value if len(value) == self.batch else value[self.stem_of.to(value.device)]).cpu()
 
-        for name in self.needs - {"times"}:
-            if name == "latents":
-                value = x
-            elif name == "guesses":
+        if self.needs & {"latents", "scored"}:
+            self.states.append(all_chains(x))
+        for name in self.kept:
+            if name == "guesses":
                 value = guess.x0
             elif name == "means":
                 value = gaussian.mean
@@ -213,10 +214,14 @@ class _Chains:
             self.kept[name].append(all_chains(value))
 
     def _trajectory(self) -> LatentTrajectory:
-        samples = self.x.cpu()
-        if "latents" in self.kept:
-            self.kept["latents"].append(samples)
-        recorded = {name: torch.stack(values, 1) for name, values in self.kept.items() if name != "times"}
+        samples, noisy = self.x.cpu(), torch.tensor(self.noisy)
+        recorded = {name: torch.stack(values, 1) for name, values in self.kept.items()}
+        if self.states:
+            states = torch.stack([*self.states, samples], 1)
+            if "latents" in self.needs:
+                recorded["latents"] = states
+            if "scored" in self.needs:
+                recorded["scored"] = states[:, at_ends(noisy)]
         if "times" in self.needs:
             recorded["times"] = self.times.expand(self.batch, -1).clone()
         return LatentTrajectory(
@@ -224,7 +229,7 @@ class _Chains:
             planned=torch.full((self.batch,), self.steps),
             forwards=self.forwards,
             samples=samples,
-            noisy=torch.stack(self.noisy, 1),
+            noisy=noisy.repeat(self.batch, 1),
             condition=self.condition.to(torch.device("cpu")),
             **recorded,
         )
