@@ -24,7 +24,7 @@ from unveil.samplers.guidance import Guidance, NoGuidance
 from unveil.samplers.latent_solvers import First, LatentSolver, Memory
 from unveil.samplers.latents import LatentTrajectory, Noise, at_ends
 from unveil.samplers.windows import Everywhere, Window
-from unveil.seeds import derive_seed, generator
+from unveil.seeds import derive_seed, normal_rows
 
 
 @dataclass(kw_only=True)
@@ -182,17 +182,16 @@ class _Chains:
         if given is not None:
             return (given[self.first_of] if self.own_from else given).to(self.device, torch.float32)
         own = self.stems if self.own_from else stems if self.sampler.share != "nothing" else self.seeds
-        noise = self._draw([generator(seed, "initial") for seed in own])
+        noise = self._draw(own, "initial")
         return noise * spread(self.process.sigma(self.times[:1]), noise)
 
     def _noise(self, step: int) -> Tensor:
         own = self.stems if step < self.own_from else self.seeds
-        return self._draw([generator(seed, "step", step) for seed in own])
+        return self._draw(own, "step", step)
 
-    def _draw(self, streams: list[torch.Generator]) -> Tensor:
-        """N(0, I) (rows, *D), each row from a stream of its own."""
-        shape = self.denoiser.spec.shape
-        return torch.stack([torch.randn(shape, generator=stream) for stream in streams]).to(self.device)
+    def _draw(self, seeds: Sequence[int], *parts: object) -> Tensor:
+        """N(0, I) (rows, *D), each row from a seed of its own."""
+        return normal_rows(self.denoiser.spec.shape, [derive_seed(seed, *parts) for seed in seeds]).to(self.device)
 
     def _record(self, x: Tensor, guess: Guess, gaussian: Gaussian, after: Tensor, noisy: bool) -> None:
         def all_chains(value: Tensor) -> Tensor:
