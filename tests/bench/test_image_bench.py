@@ -10,12 +10,15 @@ import pytest
 import torch
 from rich.console import Console
 
-from unveil.bench import image
+from unveil.bench import _updates, image
 from unveil.cli.main import main
 from unveil.denoisers.dit import Dit
 from unveil.registry import UserError
 
 TINY = (Dit(patch=2, dim=48, layers=1, heads=2, hidden=96), (1, 4, 4))
+
+
+METHODS = {sides.method: sides for sides in _updates.METHODS}
 
 
 @pytest.fixture(scope="module")
@@ -26,32 +29,44 @@ def result() -> Any:
 
 
 def test_both_sides_do_the_same_work(result: Any) -> None:
-    (case,) = result["cases"]
-    assert case["identical"] and case["difference"] < 0.05
-    assert case["ratio_min"] <= case["ratio"] <= case["ratio_max"]
+    assert [case["method"] for case in result["cases"]] == list(METHODS) == ["flow_grpo", "diffusion_nft"]
+    for case in result["cases"]:
+        assert case["identical"] and case["difference"] < 0.05 and case["gradient_difference"] < 1e-5
+        assert case["ratio_min"] <= case["ratio"] <= case["ratio_max"]
     assert result["setting"]["chains"] == 8
 
 
-def test_sides_that_differ_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    for change in ({"noise": 0.6}, {"clip": 1e-9}, {"steps": 3}):
-        sides = image.Sides(*TINY, steps=4, group=2, seed=0)
-        for name, value in change.items():
-            setattr(sides.plain, name, value)
-        assert sides.difference() > 0.05, change
+@pytest.mark.parametrize(
+    ("method", "name", "value"),
+    [
+        ("flow_grpo", "noise", 0.6), ("flow_grpo", "clip", 1e-9), ("flow_grpo", "steps", 3), ("flow_grpo", "group", 4),
+        ("diffusion_nft", "beta", 0.9), ("diffusion_nft", "limit", 4.0), ("diffusion_nft", "group", 4),
+    ],
+)  # fmt: skip
+def test_sides_that_differ_are_told_apart(method: str, name: str, value: float) -> None:
+    sides = METHODS[method](*TINY, steps=4, group=2, seed=0)
+    setattr(sides.plain, name, value)
+    assert not sides.difference().none
+
+
+def test_an_old_policy_that_does_not_follow_is_told_from_one_that_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    sides = METHODS["diffusion_nft"](*TINY, steps=4, group=2, seed=0)
+    monkeypatch.setattr(sides.plain, "follow", lambda decay: None)
+    said = sides.difference()
+    assert said.gradient < 1e-5 and said.weights > 1
 
 
 def test_memory_does_not_grow_with_the_steps(result: Any) -> None:
-    (case,) = result["cases"]
-    assert case["memory_ratio"] < 1.05
-    assert case["peak_bytes"] > 0
-    assert case["peak_bytes"] < 1.1 * case["reference_peak_bytes"]
+    for case in result["cases"]:
+        assert case["memory_ratio"] < 1.05
+        assert 0 < case["peak_bytes"] < 1.1 * case["reference_peak_bytes"]
 
 
 def test_a_graph_over_the_whole_chain_would_be_seen() -> None:
     """The same measure on a loop that keeps all steps' activations until one backward pass."""
 
     def peak(steps: int) -> int:
-        sides = image.Sides(*TINY, steps=steps, group=2, seed=0)
+        sides = _updates.FlowGrpoSides(*TINY, steps=steps, group=2, seed=0)
 
         def whole() -> None:
             x = torch.zeros(8, *TINY[1])
@@ -64,14 +79,15 @@ def test_a_graph_over_the_whole_chain_would_be_seen() -> None:
 
 
 def test_the_verdict_follows_the_demands_and_the_result_prints(result: Any) -> None:
-    (case,) = result["cases"]
-    assert case["holds"] == (case["ratio"] <= 1.05 and case["memory_ratio"] <= 1.05)
-    assert result["holds"] == case["holds"]
+    for case in result["cases"]:
+        assert case["holds"] == (case["ratio"] <= 1.05 and case["memory_ratio"] <= 1.05)
+    assert result["holds"] == all(case["holds"] for case in result["cases"])
     assert json.loads(json.dumps(result)) == result
-    assert set(result["ratios"]) == {"update tiny", "memory tiny"}
+    names = {f"{method} tiny" for method in METHODS}
+    assert set(result["ratios"]) == names | {f"memory {name}" for name in names}
     page = io.StringIO()
     Console(file=page, width=160).print(image.render(result))
-    assert "tiny: seconds" in page.getvalue()
+    assert "Flow-GRPO, tiny: seconds" in page.getvalue() and "DiffusionNFT, tiny" in page.getvalue()
 
 
 def test_bad_input() -> None:

@@ -323,3 +323,28 @@ def test_trajectories_are_joined_saved_and_loaded(tmp_path: Path) -> None:
     part = back.rows(torch.tensor([7, 0]))
     assert torch.equal(part.latents[0], both.latents[7])  # type: ignore[index]
     assert torch.equal(part.condition["ids"], both.condition["ids"][[7, 0]]) and back.forwards == both.forwards
+
+
+@pytest.mark.parametrize(
+    ("window", "share"), [(Span(start=2, length=2), "nothing"), (Span(start=1, length=3), "prefix")]
+)
+def test_only_the_ends_of_noisy_steps_are_kept_and_score_alike(tmp_path: Path, window: Span, share: Any) -> None:
+    net, sampler = tiny.Mlp(), tiny.sampler(steps=6, window=window, share=share)
+    whole = draw(net, sampler, batch_size=3)
+    lean = sampler.sample(net, start(net), list(range(6)), needs=TransitionLikelihood().needs, batch_size=3)
+    ends = slice(window.start, window.start + window.length + 1)
+    assert lean.latents is None and torch.equal(lean.scored, whole.latents[:, ends])
+    short = sampler.sample(
+        net, start(net, initial=whole.latents[:, 3], time=0.5), list(range(6)), needs=TransitionLikelihood().needs
+    )
+    assert short.scored.shape[1] < lean.scored.shape[1]
+    both = concatenate([lean, short])
+    both.save(tmp_path / "t.safetensors")
+    for chains in (lean, both, LatentTrajectory.load(tmp_path / "t.safetensors").rows(torch.arange(12).flip(0))):
+        views = TransitionLikelihood().views(chains, chains.decided.float(), [], net.spec)
+        with torch.no_grad():
+            scores = TransitionLikelihood().score(net, views, sampler)
+        recorded = TransitionLikelihood().recorded(views, chains)
+        torch.testing.assert_close(scores.log_prob, recorded, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="neither latents nor scored"):
+        replace(lean, scored=None).states_at(torch.tensor([0]), torch.tensor([2]))

@@ -210,8 +210,8 @@ def test_only_the_chosen_leaves_and_their_suffix_are_trained_with_the_written_lo
     rows = torch.tensor(chosen)
     for step in range(STEPS - FIRST, STEPS - 1):
         t, s = chains.times[rows, step], chains.times[rows, step + 1]
-        gaussian, _ = sampler.transition(net, chains.latents[rows, step], t, s, chains.condition.rows(rows))
-        log_prob = gaussian.log_prob(chains.latents[rows, step + 1], "mean")
+        gaussian, _ = sampler.transition(net, chains.states_at(rows, step), t, s, chains.condition.rows(rows))
+        log_prob = gaussian.log_prob(chains.states_at(rows, step + 1), "mean")
         terms.append(-(torch.tensor(z[chosen]) * (log_prob - log_prob.detach()).exp()))
     torch.cat(terms).mean().backward()
     for name, parameter in net.named_parameters():

@@ -107,8 +107,8 @@ def test_what_is_trained_and_shared(tmp_path: Path, name: str, trained: range | 
     else:
         assert {len(own) for own in steps} == {round(0.6 * 7)} and len({tuple(own) for own in steps}) > 1
         assert all(7 not in own for own in steps)
-    assert chains.latents is not None and chains.steps == (6 if name == "flash" else 8)
-    assert len(chains.latents[:, 0].flatten(1).unique(dim=0)) == starts
+    assert chains.scored is not None and chains.steps == (6 if name == "flash" else 8)
+    assert len(chains.scored[:, 0].flatten(1).unique(dim=0)) == starts
 
 
 def test_squares_are_the_density_without_its_factor(tmp_path: Path) -> None:

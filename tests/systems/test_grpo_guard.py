@@ -33,13 +33,13 @@ def drawn(policy_job: PolicyJob, likelihood: RegulatedRatio) -> tuple[LatentTraj
     """Chains and all their noisy steps, everything in float64, the means recomputed in it."""
     rollouts = policy_job._sampled(0)
     chains, net = rollouts.trajectory, policy_job.denoiser.double()
-    assert chains.latents is not None and chains.times is not None
-    chains = replace(chains, latents=chains.latents.double())
+    assert chains.scored is not None
+    chains = replace(chains, scored=chains.scored.double())
     views = likelihood.views(chains, chains.decided.float(), rollouts.seeds, net.spec)
     (x, t), (_, s) = views.before, views.after
     with torch.no_grad():
         gaussian, _ = policy_job.policy.rollout.sampler.transition(net, x, t, s, views.condition)  # type: ignore[attr-defined]
-    means = torch.zeros_like(chains.latents[:, 1:])
+    means = torch.zeros(*chains.noisy.shape, *tiny.SHAPE, dtype=torch.float64)
     means[views.rows, views.steps] = gaussian.mean
     chains = replace(chains, means=means)
     return chains, replace(views, trajectory=chains)

@@ -113,7 +113,7 @@ def by_hand(spied: Spied, policy: Any, old: tiny.Mlp, beta: float = 0.0, referen
     terms = []
     for step in chains.noisy[0].nonzero().flatten().tolist():
         t, s = float(chains.times[0, step]), float(chains.times[0, step + 1])
-        x, after = chains.latents[:, step].double(), chains.latents[:, step + 1].double()
+        x, after = (chains.states_at(torch.arange(len(chains)), at).double() for at in (step, step + 1))
         std = noise * (t / (1 - (t if t < 1 else s)) * (t - s)) ** 0.5
         new, before = mean(job.denoiser, x, t, s), mean(old, x, t, s).detach()
         log_ratio = ((after - before) ** 2 - (after - new) ** 2).flatten(1).mean(1) / (2 * std**2)
@@ -301,9 +301,9 @@ def test_rollouts_are_drawn_by_a_snapshot_and_compared_with_it(tmp_path: Path) -
     chains = spied.rollouts.trajectory
     sampler = policy.rollout.sampler
     by_old = sample_problems(
-        start, spied.rollouts.problems, sampler, seed=derive_seed(3, "rollout", 0), needs={"latents", "times"}
+        start, spied.rollouts.problems, sampler, seed=derive_seed(3, "rollout", 0), needs={"scored", "times"}
     )
-    assert torch.equal(chains.latents, by_old.latents)
+    assert torch.equal(chains.scored, by_old.scored)
     (x, t), condition = views_of(chains).before, views_of(chains).condition
     with torch.no_grad():
         far = (moved.predict(x, t, condition) - start.predict(x, t, condition)).square().flatten(1).sum(1)

@@ -6,6 +6,7 @@ with the time in [0, 1], 1 all noise. A network's own time scale, packing and ex
 
 from __future__ import annotations
 
+import itertools
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,28 +33,70 @@ class ContinuousSpec:
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """What B samples are drawn for, as the network reads it: named tensors that all have the batch axis first."""
+    """What B samples are drawn for, as the network reads it: named tensors that all have the batch axis first.
+
+    Encodings of text are larger than latents, and samples of one prompt share theirs: picking rows moves an index, and
+    the tensors are laid out when the network reads them.
+
+    Attributes:
+        tensors: (P, ...) each, one row per encoding.
+        index: (B,) which of them each sample has, beside the tensors; None: sample b has row b.
+    """
 
     tensors: Mapping[str, Tensor]
+    index: Tensor | None = None
 
     def __len__(self) -> int:
-        return len(next(iter(self.tensors.values())))
+        return len(next(iter(self.tensors.values())) if self.index is None else self.index)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[name]
+        """(B, ...) what the network reads."""
+        value = self.tensors[name]
+        return value if self.index is None else value[self.index]
 
     def rows(self, index: Tensor | slice) -> Condition:
         """Some of them, in that order, also repeatedly."""
-        return Condition({name: value[index.to(value.device) if isinstance(index, Tensor) else index]
-                          for name, value in self.tensors.items()})  # fmt: skip
+        if isinstance(index, Tensor):
+            index = index.to(next(iter(self.tensors.values())).device)
+        if self.index is not None:
+            return Condition(self.tensors, self.index[index])
+        if isinstance(index, slice):
+            return Condition({name: value[index] for name, value in self.tensors.items()})
+        return Condition(self.tensors, index)
 
     def to(self, device: torch.device) -> Condition:
-        return Condition({name: value.to(device) for name, value in self.tensors.items()})
+        """The same on another device, of the encodings only those that these samples have."""
+        if all(value.device == device for value in self.tensors.values()):
+            return self
+        own = self.compact()
+        index = None if own.index is None else own.index.to(device)
+        return Condition({name: value.to(device) for name, value in own.tensors.items()}, index)
+
+    def compact(self) -> Condition:
+        """The same without the encodings that no sample has."""
+        if self.index is None:
+            return self
+        used, index = self.index.unique(return_inverse=True)
+        return Condition({name: value[used] for name, value in self.tensors.items()}, index)
 
     @classmethod
     def cat(cls, parts: Sequence[Condition]) -> Condition:
         """One below the other."""
-        return cls({name: torch.cat([part[name] for part in parts]) for name in parts[0].tensors})
+        tables = [part.tensors for part in parts]
+        if all(part.index is None for part in parts):
+            return cls({name: torch.cat([table[name] for table in tables]) for name in tables[0]})
+        if all(table is tables[0] for table in tables):
+            return cls(tables[0], torch.cat([part._places() for part in parts]))
+        starts = itertools.accumulate((len(next(iter(table.values()))) for table in tables), initial=0)
+        index = torch.cat([start + part._places() for start, part in zip(starts, parts, strict=False)])
+        return cls({name: torch.cat([table[name] for table in tables]) for name in tables[0]}, index)
+
+    def _places(self) -> Tensor:
+        """(B,) the index, also where it is left out."""
+        if self.index is not None:
+            return self.index
+        value = next(iter(self.tensors.values()))
+        return torch.arange(len(value), device=value.device)
 
 
 class ContinuousDenoiser(Denoiser):

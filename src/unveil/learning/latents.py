@@ -30,7 +30,7 @@ class StepViews(Views):
     """N stored steps. States stay where they are in the trajectory until a micro-batch asks for its own.
 
     Attributes:
-        trajectory: the chains, with ``latents`` and ``times``.
+        trajectory: the chains, with ``scored`` (or ``latents``) and ``times``.
     """
 
     steps_are_units: ClassVar[bool] = True
@@ -52,8 +52,8 @@ class StepViews(Views):
         return self.trajectory.condition.rows(self.rows)
 
     def _state(self, steps: Tensor) -> tuple[Tensor, Tensor]:
-        assert self.trajectory.latents is not None and self.trajectory.times is not None
-        return self.trajectory.latents[self.rows, steps], self.trajectory.times[self.rows, steps]
+        assert self.trajectory.times is not None
+        return self.trajectory.states_at(self.rows, steps), self.trajectory.times[self.rows, steps]
 
 
 @dataclass(kw_only=True)
@@ -69,7 +69,7 @@ class TransitionLikelihood(Likelihood, name="transition"):
     KL weights are small accordingly. ``sum``: the log-density itself."""
 
     def __post_init__(self) -> None:
-        needs = frozenset({"latents", "times", "log_prob"})
+        needs = frozenset({"scored", "times", "log_prob"})
         self.needs = needs if self.form == "density" else needs | {"stds"}
 
     def check_fits(self, sampler: Sampler, denoiser: ContinuousDenoiser) -> None:

@@ -24,7 +24,7 @@ from unveil.registry import UserError
 from unveil.samplers.base import Sampler
 from unveil.samplers.latent import LatentSampler
 from unveil.samplers.latents import LatentTrajectory
-from unveil.seeds import derive_seed, generator
+from unveil.seeds import derive_seed, generator, normal_rows
 
 
 @dataclass(kw_only=True)
@@ -55,9 +55,7 @@ class NoisedViews(Views):
     @property
     def noise(self) -> Tensor:
         """(N, *D) from N(0, I)."""
-        shape = self.trajectory.samples.shape[1:]
-        streams = (torch.Generator().manual_seed(seed) for seed in self.seeds.tolist())
-        return torch.stack([torch.randn(shape, generator=stream) for stream in streams])
+        return normal_rows(self.trajectory.samples.shape[1:], self.seeds.tolist())
 
     @property
     def condition(self) -> Condition:

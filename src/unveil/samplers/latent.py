@@ -22,9 +22,9 @@ from unveil.samplers.base import Sampler
 from unveil.samplers.grids import Grid, Uniform
 from unveil.samplers.guidance import Clamp, Guidance, NoGuidance
 from unveil.samplers.latent_solvers import Churn, First, LatentSolver, Memory
-from unveil.samplers.latents import LatentTrajectory, Noise
+from unveil.samplers.latents import LatentTrajectory, Noise, at_ends
 from unveil.samplers.windows import Everywhere, Window
-from unveil.seeds import derive_seed, generator
+from unveil.seeds import derive_seed, normal_rows
 
 
 @dataclass(kw_only=True)
@@ -164,8 +164,9 @@ class _Chains:
         self.x = self._initial(start.initial, stems)
         self.memory: Memory = {}
         self.forwards = 0
-        self.kept: dict[str, list[Tensor]] = {name: [] for name in needs}
-        self.noisy: list[Tensor] = []
+        self.states: list[Tensor] = []
+        self.kept: dict[str, list[Tensor]] = {name: [] for name in needs - {"latents", "scored", "times"}}
+        self.noisy: list[bool] = []
 
     def run(self) -> LatentTrajectory:
         told = self.condition
@@ -208,7 +209,7 @@ class _Chains:
             after = deterministic(self.process, better if through else solved(), s)
             gaussian = Gaussian(mean=after, std=torch.zeros(count, dtype=torch.float64))
         self._record(self.x, guess, gaussian, after, noisy)
-        self.noisy.append(torch.full((self.batch,), noisy and inside))
+        self.noisy.append(noisy and inside)
         self.x = after
 
     def _stems(self, start: Noise) -> list[int]:
@@ -222,26 +223,25 @@ class _Chains:
         if given is not None:
             return (given[self.first_of] if self.own_from else given).to(self.device, torch.float32)
         own = self.stems if self.own_from else stems if self.sampler.share != "nothing" else self.seeds
-        noise = self._draw([generator(seed, "initial") for seed in own])
+        noise = self._draw(own, "initial")
         return noise * spread(self.process.sigma(self.times[:1]), noise)
 
     def _noise(self, step: int) -> Tensor:
         own = self.stems if step < self.own_from else self.seeds
-        return self._draw([generator(seed, "step", step) for seed in own])
+        return self._draw(own, "step", step)
 
-    def _draw(self, streams: list[torch.Generator]) -> Tensor:
-        """N(0, I) (rows, *D), each row from a stream of its own."""
-        shape = self.denoiser.spec.shape
-        return torch.stack([torch.randn(shape, generator=stream) for stream in streams]).to(self.device)
+    def _draw(self, seeds: Sequence[int], *parts: object) -> Tensor:
+        """N(0, I) (rows, *D), each row from a seed of its own."""
+        return normal_rows(self.denoiser.spec.shape, [derive_seed(seed, *parts) for seed in seeds]).to(self.device)
 
     def _record(self, x: Tensor, guess: Guess, gaussian: Gaussian, after: Tensor, noisy: bool) -> None:
         def all_chains(value: Tensor) -> Tensor:
             return (value if len(value) == self.batch else value[self.stem_of.to(value.device)]).cpu()
 
-        for name in self.needs - {"times"}:
-            if name == "latents":
-                value = x
-            elif name == "guesses":
+        if self.needs & {"latents", "scored"}:
+            self.states.append(all_chains(x))
+        for name in self.kept:
+            if name == "guesses":
                 value = guess.x0
             elif name == "means":
                 value = gaussian.mean
@@ -254,10 +254,14 @@ class _Chains:
             self.kept[name].append(all_chains(value))
 
     def _trajectory(self) -> LatentTrajectory:
-        samples = self.x.cpu()
-        if "latents" in self.kept:
-            self.kept["latents"].append(samples)
-        recorded = {name: torch.stack(values, 1) for name, values in self.kept.items() if name != "times"}
+        samples, noisy = self.x.cpu(), torch.tensor(self.noisy)
+        recorded = {name: torch.stack(values, 1) for name, values in self.kept.items()}
+        if self.states:
+            states = torch.stack([*self.states, samples], 1)
+            if "latents" in self.needs:
+                recorded["latents"] = states
+            if "scored" in self.needs:
+                recorded["scored"] = states[:, at_ends(noisy)]
         if "times" in self.needs:
             recorded["times"] = self.times.expand(self.batch, -1).clone()
         return LatentTrajectory(
@@ -265,7 +269,7 @@ class _Chains:
             planned=torch.full((self.batch,), self.steps),
             forwards=self.forwards,
             samples=samples,
-            noisy=torch.stack(self.noisy, 1),
+            noisy=noisy.repeat(self.batch, 1),
             condition=self.condition.to(torch.device("cpu")),
             **recorded,
         )

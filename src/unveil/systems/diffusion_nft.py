@@ -80,8 +80,10 @@ class ImplicitLikelihood(CopyLikelihood, name="implicit"):
         """Without an old policy both branches are the network itself."""
         guess, _ = recognise(denoiser, views)
         velocity = denoiser.spec.process.velocity(guess, views.times)
-        alone = Scores(log_prob=torch.empty(0), forwards=len(views), velocity=velocity, clean=guess.x0)
-        return self.against(alone, alone, views)
+        loss = self._loss(guess.x0, views)
+        return Scores(
+            log_prob=-torch.stack([loss, loss], 1) / self.beta, forwards=len(views), velocity=velocity, clean=guess.x0
+        )
 
     def against(self, scores: Scores, old: Scores, views: BranchViews) -> Scores:
         assert scores.clean is not None and old.clean is not None

@@ -37,7 +37,8 @@ class Image(Medium, name="image"):
         self, denoiser: ContinuousDenoiser, prompts: Sequence[str], length: int | None, origins: Origins, **how: Any
     ) -> Noise:
         """Noise, or ``initial`` states (B, *D) at ``time``, as in `Noise`."""
-        condition = denoiser.condition(prompts)
+        place = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+        condition = denoiser.condition(list(place)).rows(torch.tensor([place[prompt] for prompt in prompts]))
         return Noise(condition=condition, problems=list(origins.problems), copies=list(origins.copies), **how)
 
     @torch.no_grad()

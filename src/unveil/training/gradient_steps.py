@@ -138,10 +138,11 @@ class GradientSteps:
         units = [unit for part in ranks.gather(batch.units) for unit in part]
         if units:
             step, *rest = (torch.cat(column) for column in zip(*units, strict=True))
+            names = list(objective.step_diagnostics(*rest))
             for number in range(int(step.max()) + 1):
                 own = step == number
                 said = objective.step_diagnostics(*(column[own] for column in rest)) if own.any() else {}
-                for name in objective.step_diagnostics(*rest):
+                for name in names:
                     values.setdefault(f"steps/{name}", []).append(said.get(name))
         batch.diagnostics, batch.units = Means(), []
         return values
@@ -182,18 +183,19 @@ class GradientSteps:
             scores = self.policy.likelihood.against(scores, before_it, views)
         device = scores.log_prob.device
         items, factors = views.items.to(device), views.factors.to(device)
+        place = items.nonzero(as_tuple=True)
 
         def weighted(log_prob: Tensor) -> Tensor:
-            return (log_prob * factors)[items]
+            return (log_prob * factors)[place]
 
         def per_item(value: Tensor) -> Tensor:
-            return value[slice(*part)].to(device)[items]
+            return value[slice(*part)].to(device)[place]
 
         log_prob = weighted(scores.log_prob)
         old = log_prob.detach() if before_it is None else weighted(before_it.log_prob.to(device))
         unit, count = unit_of(views, objective.level)
         unit = unit.to(device)
-        view = views.items.nonzero(as_tuple=True)[0].to(device)
+        view = place[0]
         advantage = torch.zeros(count, device=device)
         advantage[unit] = batch.advantage[slice(*part)].to(device)[view]  # the same for all items of a unit
         new, before = sum_by(log_prob, unit, count), sum_by(old, unit, count)
