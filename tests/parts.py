@@ -1,6 +1,6 @@
 """Which model families use which plug-ins, asked of the recipes and of the code's own checks.
 
-    PYTHONPATH=src:tests python -m parts        prints the table of docs/parts.md
+PYTHONPATH=src:tests python -m parts        prints the table of docs/parts.md
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import tiny
-
 from unveil.denoisers.base import Denoiser
 from unveil.denoisers.continuous import ContinuousDenoiser
 from unveil.denoisers.image import ImageModel
@@ -126,7 +125,7 @@ def networks() -> dict[str, set[Part]]:
 # ---- what the code's checks accept
 
 
-def known(family: type[Plugin]) -> list[type[Plugin]]:
+def known(family: type[Plugin]) -> list[Any]:
     """The plug-ins of a family that belong to the library."""
     return [family.known[name] for name in names(family) if family.known[name].__module__.startswith("unveil.")]
 
@@ -157,12 +156,12 @@ def accepted() -> dict[str, set[Part]]:
     for family, networks in models().items():
         samplers = [one for one in map(_sampler, known(Sampler)) if any(_fits(one, net) for net in networks)]
         likelihoods = [one for one in known(Likelihood) if _scores(one, samplers, networks)]
-        gives = frozenset().union(*(one.gives for one in likelihoods))  # type: ignore[attr-defined]
+        gives = frozenset().union(*(one.gives for one in likelihoods))
         medium = networks[0].medium
         own: list[Any] = [*map(type, samplers), *likelihoods]
-        own += [one for one in known(Regulariser) if one.reads <= gives and likelihoods]  # type: ignore[attr-defined]
-        own += [one for kind in (Task, Features) for one in known(kind) if one.medium == medium]  # type: ignore
-        own += [one for one in known(Reward) if one.medium in (None, medium)]  # type: ignore[attr-defined]
+        own += [one for one in known(Regulariser) if one.reads <= gives and likelihoods]
+        own += [one for kind in (Task, Features) for one in known(kind) if one.medium == medium]
+        own += [one for one in known(Reward) if one.medium in (None, medium)]
         own += [one for one in known(Medium) if one.name == medium]
         found[family] = {(one.family, one.name) for one in own}
         waiting = [*own, *([ImageModel, MatchingConfig] if medium == "image" else [])]

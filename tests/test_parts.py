@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import parts
 import pytest
-import tiny
 
+import parts
+import tiny
 from unveil.registry import UserError
 from unveil.systems.gardo import NoveltyAdvantage
 
