@@ -44,6 +44,7 @@ from unveil.samplers.schedules import Schedule
 from unveil.samplers.solvers import Solver
 from unveil.samplers.transforms import Transform
 from unveil.samplers.windows import Window
+from unveil.systems import catalogue
 from unveil.tasks.base import Task
 from unveil.tasks.medium import Medium
 from unveil.training.policy_config import ProblemFilter
@@ -238,7 +239,8 @@ def test_the_table_of_plug_ins_is_complete(family: type[Plugin]) -> None:
 
 def table_of_compositions() -> str:
     """What docs/systems.md says of the recipes that train a policy."""
-    rows = ["| system | groups | advantage | steps | likelihood | ratio | weights | KL |", "|---" * 8 + "|"]
+    families = {system.name: system.family for system in catalogue()}
+    rows = ["| system | groups | advantage | steps | likelihood | ratio | weights | KL | model |", "|---" * 9 + "|"]
     for path in sorted((ROOT / "src" / "unveil" / "recipes").glob("*/cpu.yaml")):
         data = load(path)
         if "policy" not in data:
@@ -251,7 +253,8 @@ def table_of_compositions() -> str:
         kl = f"{getattr(policy.kl, 'estimator', policy.kl.name)}, {policy.kl.beta:g}" if policy.kl.beta else "none"
         steps = policy.selector.name if policy.likelihood.per_step else "-"
         cells = [", ".join(hooks) or "-", policy.advantage.name, steps, scored, level, policy.weighting.name, kl]
-        rows.append("| " + " | ".join([path.parent.name, *(f"`{c}`" if c != "-" else c for c in cells)]) + " |")
+        own = [path.parent.name, *(f"`{c}`" if c != "-" else c for c in cells), families[path.parent.name]]
+        rows.append("| " + " | ".join(own) + " |")
     return "\n".join(rows)
 
 

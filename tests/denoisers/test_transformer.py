@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from unveil.denoisers.folder import load_weights
 from unveil.denoisers.tokenizer import TextTokenizer
-from unveil.denoisers.transformer import TransformerConfig, TransformerDenoiser, load_weights
+from unveil.denoisers.transformer import TransformerConfig, TransformerDenoiser
 from unveil.registry import UserError
 
 CONFIG = TransformerConfig(dim=16, layers=2, heads=2, hidden=24, context_length=20)

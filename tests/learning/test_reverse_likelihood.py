@@ -118,7 +118,7 @@ def test_chunks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[tuple[Tensor, dict[str, Tensor]]] = []
     trajectory = sampled(tiny.score_denoiser(), ReverseSampler(steps=4, last_time=0.2))
     for elements in (2**22, 40):
-        monkeypatch.setattr("unveil.learning.reverse.CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr("unveil.learning.scoring.CHUNK_ELEMENTS", elements)
         net = tiny.score_denoiser()
         log_prob = (
             ReverseLikelihood()

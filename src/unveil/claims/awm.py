@@ -27,15 +27,25 @@ from unveil.claims.image_learning import (
     BASE,
     LEARNING_RATES,
     Method,
-    best_rates,
     distance_check,
     flow_grpo,
     learn,
     ode,
     ratio_check,
+    soonest,
     table,
 )
-from unveil.claims.laboratory import TUNING_SEED, Measured, Report, total_cost, train_policy, two_processes, verdict
+from unveil.claims.laboratory import (
+    Measured,
+    Report,
+    all_runs,
+    on_seeds,
+    total_cost,
+    train_policy,
+    tune,
+    two_processes,
+    verdict,
+)
 from unveil.denoisers.load import load_denoiser
 from unveil.learning.noised import SamplerGrid
 from unveil.processes.gaussian import Flow
@@ -68,11 +78,8 @@ def reproduce(seeds: int, quick: bool, out: Path, report: Report) -> Measured:
         own, other = every(_gradients, [(out, 0, "awm", BATCHES), (out, 0, "flow_grpo", BATCHES)])
         best = dict.fromkeys(METHODS, LEARNING_RATES[1])
         if not quick:
-            jobs = [(out, TUNING_SEED, method, rate, updates) for method in METHODS for rate in LEARNING_RATES]
-            best = best_rates({(job[2], job[3]): run for job, run in zip(jobs, every(_learn, jobs), strict=True)})
-        jobs = [(out, seed, method, best[method], updates) for seed in range(seeds) for method in METHODS]
-        trained = every(_learn, jobs)
-    by_method = {m: [r for j, r in zip(jobs, trained, strict=True) if j[2] == m] for m in METHODS}
+            best = tune(every, _learn, out, dict.fromkeys(METHODS, LEARNING_RATES), updates, soonest)
+        by_method = on_seeds(every, _learn, out, seeds, best, updates)
     awm, base = by_method["awm"], by_method["flow_grpo"]
     checks = [
         _variance_check(exact),
@@ -85,7 +92,7 @@ def reproduce(seeds: int, quick: bool, out: Path, report: Report) -> Measured:
         "verdict": verdict(checks),
         "learning_rates": best,
         "checks": checks,
-        "cost": total_cost(trained, time.perf_counter() - started),
+        "cost": total_cost(all_runs(by_method), time.perf_counter() - started),
         "table": table(by_method, best),
     }
 

@@ -28,15 +28,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unveil.claims.image_learning import (
+    BASE,
+    LEARNING_RATES,
+    PROMPTS,
+    Method,
+    crossing,
+    learn,
+    look_cells,
+    reached_cell,
+    soonest,
+)
+from unveil.claims.image_learning import GROUP as DDPO_GROUP
+from unveil.claims.image_learning import SHAPE as TEN_STEPS
 from unveil.claims.laboratory import (
-    TUNING_SEED,
+    COSTS,
     Measured,
     Report,
+    all_runs,
+    cost_cells,
     markdown_table,
     mean,
+    on_seeds,
     spread,
     total_cost,
     train_policy,
+    tune,
     two_processes,
     verdict,
 )
@@ -44,24 +61,21 @@ from unveil.denoisers.load import load_denoiser
 from unveil.learning.objectives import Clipped
 from unveil.processes.kernels import Ddim
 from unveil.rewards.images import ClassProbability
-from unveil.samplers.grids import Uniform
 from unveil.samplers.latent import LatentSampler
 from unveil.seeds import derive_seed
 from unveil.systems.b2_diffurl import Suffix, variant
 from unveil.systems.ddpo import Ddpo
 from unveil.tasks.digits import Digits
-from unveil.tasks.evaluate import evaluate, judge, sample_problems
-from unveil.training.policy_config import PolicyConfig, RolloutConfig
+from unveil.tasks.evaluate import Evaluation, judge, sample_problems
 from unveil.training.policy_job import PolicyJob
 
-LEARNING_RATES = (1e-4, 3e-4, 1e-3)
-GOAL, UPDATES, POINTS, SHOWN = 0.95, 40, 20, 500
-STEPS, STEMS, LEAVES, DDPO_GROUP, PROMPTS = 12, 50, 5, 24, 10
+GOAL, UPDATES, POINTS = 0.95, 40, 20
+STEPS, STEMS, LEAVES = 12, 50, 5
 FIRST = 8
 METHODS = ("ddpo", "bpt", "bs", "both")
 COSINES, MORE_DIVERSE, MORE_ACCURATE, BUDGET_UPDATES = 1.5, 1.05, 0.10, 8
 ESTIMATES, SUFFIXES, PART_STEMS = 8, (2, 4, 6, 8, 10), 200
-SHAPE: dict[str, Any] = {"steps": STEPS, "grid": Uniform(shift=3.0)}
+SHAPE = TEN_STEPS | {"steps": STEPS}
 
 
 def reproduce(seeds: int, quick: bool, out: Path, report: Report) -> Measured:
@@ -83,43 +97,32 @@ def reproduce(seeds: int, quick: bool, out: Path, report: Report) -> Measured:
     with two_processes(report) as every:
         cosines, shares = (every(part, [(out, seed) for seed in range(seeds)]) for part in (_cosines, _shares))
         if not quick:
-            jobs = [(out, TUNING_SEED, method, rate, updates) for method in METHODS for rate in rates]
-            tuned = every(_policy, jobs)
-            for method in METHODS:
-                own = {job[3]: result for job, result in zip(jobs, tuned, strict=True) if job[2] == method}
-                best[method] = min(own, key=lambda rate: (own[rate]["reached"], -own[rate]["accuracy"]))
-        jobs = [(out, seed, method, best[method], updates) for seed in range(seeds) for method in METHODS]
-        trained = every(_policy, jobs)
-    by_method = {m: [r for j, r in zip(jobs, trained, strict=True) if j[2] == m] for m in METHODS}
+            best = tune(every, _policy, out, dict.fromkeys(METHODS, rates), updates, soonest)
+        by_method = on_seeds(every, _policy, out, seeds, best, updates)
     checks = [_cosine_check(cosines), _share_check(shares), _diversity_check(by_method), _budget_check(by_method)]
     return {
         "name": "b2_diffurl",
         "verdict": verdict(checks),
         "learning_rates": best,
         "checks": checks,
-        "cost": total_cost(trained, time.perf_counter() - started),
+        "cost": total_cost(all_runs(by_method), time.perf_counter() - started),
         "table": _table(by_method, best),
     }
 
 
-def _config(method: str, suffix: Suffix, group: int = DDPO_GROUP, **changes: Any) -> PolicyConfig:
-    """A method's choices; ``group`` chains of a prompt where nothing branches."""
-    if method == "ddpo":
+def _method(name: str, suffix: Suffix, group: int = DDPO_GROUP, **changes: Any) -> Method:
+    """``group``: chains of a prompt where nothing branches."""
+    if name == "ddpo":
         sampler = LatentSampler(kernel=Ddim(eta=1.0), **SHAPE)
         choices = vars(Ddpo(objective=Clipped(clip=0.1, level="step")))
     else:
-        sampler, own = variant(method, suffix, LEAVES, **SHAPE)
+        sampler, own = variant(name, suffix, LEAVES, **SHAPE)
         choices = vars(own)
     branches = sampler.branches is not None
     if not branches:
         choices = choices | {"inner_updates": 1, "minibatches": 2}
     prompts, size = (STEMS, LEAVES) if branches else (PROMPTS, group)
-    return PolicyConfig(
-        task=Digits(),
-        reward=ClassProbability(network="digits-reward"),
-        rollout=RolloutConfig(sampler=sampler, prompts=prompts, group_size=size),
-        **(choices | changes),
-    )
+    return Method(sampler=sampler, choices=choices | changes, prompts=prompts, group=size)
 
 
 def _gradient(out: Path, seed: int, method: str) -> Tensor:
@@ -132,9 +135,9 @@ def _gradient(out: Path, seed: int, method: str) -> Tensor:
         return {}
 
     whole = (STEMS * LEAVES) // PROMPTS
-    config = _config(method, Suffix(first=FIRST, last=FIRST, stages=1), whole, inner_updates=1, minibatches=1)
+    own = _method(method, Suffix(first=FIRST, last=FIRST, stages=1), whole, inner_updates=1, minibatches=1)
     folder = out / f"gradient-{method}-{seed}"
-    train_policy(load_denoiser("digits-base"), config, folder, seed=seed, lr=1e-30, updates=1, measure=measure)
+    train_policy(load_denoiser(BASE), own.policy(), folder, seed=seed, lr=1e-30, updates=1, measure=measure)
     return found[-1].double()
 
 
@@ -150,7 +153,7 @@ def _cosines(out: Path, seed: int) -> Measured:
 
 def _shares(out: Path, seed: int) -> Measured:
     """Of the variance of the reward within a prompt, what lies within stems; unbiased, so the last may be above 1."""
-    task, reward, denoiser = Digits(), ClassProbability(network="digits-reward"), load_denoiser("digits-base")
+    task, reward, denoiser = Digits(), ClassProbability(network="digits-reward"), load_denoiser(BASE)
     stems = task.problems("train", PART_STEMS, seed)
     rows = [problem for problem in stems for _ in range(LEAVES)]
     labels = torch.tensor([problem.answer["label"] for problem in stems])
@@ -171,45 +174,25 @@ def _shares(out: Path, seed: int) -> Measured:
 
 
 def _policy(out: Path, seed: int, method: str, lr: float, updates: int) -> Measured:
-    """Train one method and follow what the judge says of images that the ODE decodes."""
-    denoiser, task = load_denoiser("digits-base"), Digits()
+    """Train one method, its suffix growing over all updates."""
     suffix = Suffix(first=FIRST, last=STEPS, stages=updates)
-    policy = _config(method, suffix)
-    held_out, decoder = task.problems("test", SHOWN, 0), LatentSampler(**SHAPE)
+    own = _method(method, suffix)
 
-    def measure(job: PolicyJob) -> Measured:
-        found = evaluate(denoiser, task, held_out, decoder, seed=seed)
-        own = {name: found.numbers[f"measure/{name}"] for name in ("distance", "diversity", "frechet")}
-        cost = job.trainer.cost
-        rolled = sum(_rolled(policy, suffix.length(update)) for update in range(job.trainer.done))
-        return {"accuracy": found.accuracy, **own, "queries": cost.rollouts, "training": cost.forwards - rolled}
+    def training(job: PolicyJob, found: Evaluation) -> Measured:
+        rolled = sum(_rolled(own, suffix.length(update)) for update in range(job.trainer.done))
+        return {"training": job.trainer.cost.forwards - rolled}
 
-    folder = out / f"{method}-{lr:g}-{seed}"
-    run = train_policy(
-        denoiser, policy, folder, seed=seed, lr=lr, updates=updates, measure=measure, points=min(POINTS, updates)
-    )
-    reached = next((at["update"] for at in run["curve"] if at["accuracy"] >= GOAL), None)
-    end = run["curve"][-1]["accuracy"]
-    line = f"{run['curve'][0]['accuracy']:.3f} -> {end:.3f}, goal after {'-' if reached is None else reached} updates"
-    return run | {"accuracy": end, "reached": float("inf") if reached is None else reached, "line": line}
+    return learn(
+        own, out / f"{method}-{lr:g}-{seed}", seed=seed, lr=lr, updates=updates, points=POINTS, goal=GOAL,
+        decoder=LatentSampler(**SHAPE), also=training,
+    )  # fmt: skip
 
 
-def _rolled(policy: PolicyConfig, suffix: int) -> int:
+def _rolled(method: Method, suffix: int) -> int:
     """Forwards of the rollouts of an update; before the suffix there is one chain per stem."""
-    rollout, sampler = policy.rollout, policy.rollout.sampler
-    assert isinstance(sampler, LatentSampler)
+    sampler = method.sampler
     prefix = STEPS - suffix if sampler.branches and isinstance(sampler.window, Suffix) else 0
-    return rollout.prompts * (prefix + rollout.group_size * (STEPS - prefix))
-
-
-def _between(run: Measured, by: str, level: float, of: str) -> float:
-    """``of`` when ``by`` first reaches ``level``, by linear interpolation; at the end if it never does."""
-    for before, after in itertools.pairwise(run["curve"]):
-        if after[by] >= level:
-            width = after[by] - before[by]
-            share = min(1.0, max(0.0, (level - before[by]) / width)) if width > 0 else 1.0
-            return before[of] + share * (after[of] - before[of])
-    return run["curve"][-1][of]
+    return method.prompts * (prefix + method.group * (STEPS - prefix))
 
 
 def _cosine_check(results: list[Measured]) -> Measured:
@@ -238,7 +221,7 @@ def _diversity_check(by_method: dict[str, list[Measured]]) -> Measured:
     pairs = []
     for ours, plain in zip(by_method["both"], by_method["ddpo"], strict=True):
         level = min(GOAL, *(max(at["accuracy"] for at in run["curve"]) for run in (ours, plain)))
-        own, other = (_between(run, "accuracy", level, "diversity") for run in (ours, plain))
+        own, other = (crossing(run, "accuracy", level, "diversity") for run in (ours, plain))
         pairs.append({"accuracy": level, "both": own, "ddpo": other})
     own, other = (statistics.mean(pair[name] for pair in pairs) for name in ("both", "ddpo"))
     return {
@@ -253,8 +236,8 @@ def _diversity_check(by_method: dict[str, list[Measured]]) -> Measured:
 def _budget_check(by_method: dict[str, list[Measured]]) -> Measured:
     pairs = []
     for ours, plain in zip(by_method["both"], by_method["ddpo"], strict=True):
-        budget = _between(plain, "update", BUDGET_UPDATES, "training")
-        own, other = (_between(run, "training", budget, "accuracy") for run in (ours, plain))
+        budget = crossing(plain, "update", BUDGET_UPDATES, "training")
+        own, other = (crossing(run, "training", budget, "accuracy") for run in (ours, plain))
         pairs.append({"training": budget, "both": own, "ddpo": other})
     own, other = (statistics.mean(pair[name] for pair in pairs) for name in ("both", "ddpo"))
     return {
@@ -269,13 +252,10 @@ def _budget_check(by_method: dict[str, list[Measured]]) -> Measured:
 def _table(by_method: dict[str, list[Measured]], best: dict[str, float]) -> str:
     rows: list[list[object]] = []
     for method, results in by_method.items():
-        ends = [result["curve"][-1] for result in results]
-        cells = [spread([end[name] for end in ends], 1, 2) for name in ("distance", "diversity", "frechet")]
-        at = [spread([_between(r, "update", update, "accuracy") for r in results]) for update in (8, 16, 24)]
-        reached = ", ".join("-" if r["reached"] == float("inf") else str(r["reached"]) for r in results)
-        cost = [f"{mean(ends, 'training'):.0f}"]
-        cost += [f"{mean(results, key):.0f}" for key in ("optimizer_steps", "rollouts", "forwards", "seconds")]
-        rows.append([method, f"{best[method]:g}", *at, spread([e["accuracy"] for e in ends]), reached, *cells, *cost])
+        at = [spread([crossing(r, "update", update, "accuracy") for r in results]) for update in (8, 16, 24)]
+        end, trained = spread([r["accuracy"] for r in results]), mean([r["curve"][-1] for r in results], "training")
+        cells = [*at, end, reached_cell(results), *look_cells(results), f"{trained:.0f}", *cost_cells(results)]
+        rows.append([method, f"{best[method]:g}", *cells])
     head = ["method", "lr", "judge % after 8", "after 16", "after 24", "at the end", "updates to the goal", "distance"]
-    head += ["diversity", "Frechet", "training forwards", "optimiser steps", "rollouts", "forwards", "seconds"]
+    head += ["diversity", "Frechet", "training forwards", *COSTS.values()]
     return markdown_table(head, rows)

@@ -30,14 +30,19 @@ from pathlib import Path
 from typing import Any
 
 from unveil.claims.laboratory import (
+    COSTS,
     TUNING_SEED,
     Measured,
+    all_runs,
+    cost_cells,
     markdown_table,
     mean,
+    on_seeds,
     spread,
     total_cost,
     train_policy,
     train_to,
+    tune,
     two_processes,
     verdict,
 )
@@ -98,17 +103,9 @@ def reproduce(seeds: int, quick: bool, out: Path, report: Callable[[str], None])
         every(_chain, [(out, seed) for seed in [*numbers, *tuning]])
         best = dict.fromkeys(METHODS, rates[0])
         if not quick:
-            jobs = [(out, TUNING_SEED, method, rate, updates) for method in METHODS for rate in rates]
-            tuned = every(_policy, jobs)
-            for method in METHODS:
-                tried = {rate: r["accuracy"] for (_, _, m, rate, _), r in zip(jobs, tuned, strict=True) if m == method}
-                best[method] = max(tried, key=tried.__getitem__)
-        jobs = [(out, seed, method, best[method], updates) for seed in numbers for method in METHODS]
-        jobs += [(out, seed, method, best["cj_grpo"], updates) for seed in numbers for method in variants]
-        trained = every(_policy, jobs)
-    by_method: dict[str, list[Measured]] = {method: [] for method in (*METHODS, *variants)}
-    for job, result in zip(jobs, trained, strict=True):
-        by_method[job[2]].append(result)
+            best = tune(every, _policy, out, dict.fromkeys(METHODS, rates), updates, lambda run: -run["accuracy"])
+        settings = best | dict.fromkeys(variants, best["cj_grpo"])
+        by_method = on_seeds(every, _policy, out, seeds, settings, updates)
     checks = [
         *_trap_checks(digits),
         _ass_check("2a ASS against uniform, worked sums", digits),
@@ -120,8 +117,8 @@ def reproduce(seeds: int, quick: bool, out: Path, report: Callable[[str], None])
         "verdict": verdict(checks),
         "learning_rates": best,
         "checks": checks,
-        "cost": total_cost(trained, time.perf_counter() - started),
-        "table": _table(digits, shifts, embedded, by_method, best),
+        "cost": total_cost(all_runs(by_method), time.perf_counter() - started),
+        "table": _table(digits, shifts, embedded, by_method, settings),
     }
 
 
@@ -358,7 +355,7 @@ def _table(
     shifts: list[Measured],
     embedded: list[Measured],
     by_method: dict[str, list[Measured]],
-    best: dict[str, float],
+    rates: dict[str, float],
 ) -> str:
     rows: list[Sequence[object]] = []
     for name in _decoders():
@@ -376,10 +373,8 @@ def _table(
     tables.append(markdown_table(head, rows))
     rows = [["base", "", spread([r["base"] for r in by_method["cj_grpo"]]), "", "", "", "", ""]]
     for method, results in by_method.items():
-        cost = [f"{mean(results, key):.0f}" for key in ("optimizer_steps", "rollouts", "forwards", "seconds")]
-        accuracy = spread([r["accuracy"] for r in results])
-        rate = best.get(method, best["cj_grpo"])
-        rows.append([method, f"{rate:g}", accuracy, f"{100 * mean(results, 'gain'):+.1f}", *cost])
-    head = ("method", "lr", "accuracy % (mean ± sd)", "gain", "optimiser steps", "rollouts", "forwards", "seconds")
+        accuracy, gain = spread([r["accuracy"] for r in results]), f"{100 * mean(results, 'gain'):+.1f}"
+        rows.append([method, f"{rates[method]:g}", accuracy, gain, *cost_cells(results)])
+    head = ("method", "lr", "accuracy % (mean ± sd)", "gain", *COSTS.values())
     tables.append(markdown_table(head, rows))
     return "\n\n".join(tables)

@@ -35,10 +35,13 @@ import torch
 
 from unveil.claims.grid import Blanks, GridDenoiser
 from unveil.claims.laboratory import (
+    COSTS,
     TUNING_SEED,
     Every,
     Measured,
     Report,
+    all_runs,
+    cost_cells,
     markdown_table,
     mean,
     spread,
@@ -100,10 +103,9 @@ def reproduce(seeds: int, quick: bool, out: Path, report: Report) -> dict[str, A
             ]
             for job, result in zip(jobs, every(_train, jobs), strict=True):
                 by_method.setdefault(job[2], []).append(result)
-    trained = [result for results in by_method.values() for result in results]
     other = score_form(seeds, quick, out / "score", report)
     checks = [*_checks(untrained, by_method), *other["checks"]]
-    cost = total_cost(trained, time.perf_counter() - started)
+    cost = total_cost(all_runs(by_method), time.perf_counter() - started)
     return {
         "name": "dcolt",
         "verdict": verdict(checks),
@@ -297,7 +299,6 @@ def _table(untrained: list[Measured], by_method: dict[str, list[Measured]], rate
         rows.append([f"base, {name} order", "", *columns, "", "", "", ""])
     for method, results in by_method.items():
         columns = [spread([result[kind] for result in results]) for kind in ("greedy", "sampled")]
-        cost = [f"{mean(results, key):.0f}" for key in ("optimizer_steps", "rollouts", "forwards", "seconds")]
-        rows.append([method, f"{_rate(rates, method):g}", *columns, *cost])
-    head = ["training", "lr", "greedy % (mean ± sd)", "sampled %", "optimiser steps", "rollouts", "forwards", "seconds"]
+        rows.append([method, f"{_rate(rates, method):g}", *columns, *cost_cells(results)])
+    head = ["training", "lr", "greedy % (mean ± sd)", "sampled %", *COSTS.values()]
     return markdown_table(head, rows) + "\n\nCosts of `both` and `order, longer` come on top of their start, `order`."

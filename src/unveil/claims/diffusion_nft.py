@@ -24,15 +24,24 @@ import torch
 from unveil.claims.image_learning import (
     LEARNING_RATES,
     Method,
-    best_rates,
     distance_check,
     flow_grpo,
     learn,
     ode,
     ratio_check,
+    soonest,
     table,
 )
-from unveil.claims.laboratory import TUNING_SEED, Measured, Report, total_cost, two_processes, verdict
+from unveil.claims.laboratory import (
+    Measured,
+    Report,
+    all_runs,
+    on_seeds,
+    total_cost,
+    tune,
+    two_processes,
+    verdict,
+)
 from unveil.learning.views import Scores
 from unveil.processes.kernels import FlowSde
 from unveil.samplers.latent_solvers import DpmSolver2M
@@ -64,19 +73,16 @@ def reproduce(seeds: int, quick: bool, out: Path, report: Report) -> Measured:
         exact = every(_exact, [(0,)])[0]
         best = dict.fromkeys(TUNED, LEARNING_RATES[1])
         if not quick:
-            jobs = [(out, TUNING_SEED, method, rate, updates) for method in TUNED for rate in LEARNING_RATES]
-            best = best_rates({(job[2], job[3]): run for job, run in zip(jobs, every(_learn, jobs), strict=True)})
+            best = tune(every, _learn, out, dict.fromkeys(TUNED, LEARNING_RATES), updates, soonest)
         rates = {method: best.get(method, best["diffusion_nft"]) for method in methods}
-        jobs = [(out, seed, method, rates[method], updates) for seed in range(seeds) for method in methods]
-        trained = every(_learn, jobs)
-    by_method = {m: [r for j, r in zip(jobs, trained, strict=True) if j[2] == m] for m in methods}
+        by_method = on_seeds(every, _learn, out, seeds, rates, updates)
     checks = [_exact_check(exact), *_checks(by_method)]
     return {
         "name": "diffusion_nft",
         "verdict": verdict(checks),
         "learning_rates": rates,
         "checks": checks,
-        "cost": total_cost(trained, time.perf_counter() - started),
+        "cost": total_cost(all_runs(by_method), time.perf_counter() - started),
         "table": table(by_method, rates),
     }
 

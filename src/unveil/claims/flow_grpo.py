@@ -18,6 +18,7 @@ Reported without a demand: diversity within a prompt, distance to real images, F
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from pathlib import Path
@@ -26,15 +27,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unveil.claims.image_learning import (
+    BASE,
+    CLIP,
+    GOAL,
+    GROUP,
+    LEARNING_RATES,
+    PROMPTS,
+    SHAPE,
+    STEPS,
+    Method,
+    crossing,
+    learn,
+    soonest,
+    table,
+)
 from unveil.claims.laboratory import (
-    TUNING_SEED,
     Measured,
     Report,
-    markdown_table,
+    all_runs,
     mean,
-    spread,
+    on_seeds,
     total_cost,
     train_policy,
+    tune,
     two_processes,
     verdict,
 )
@@ -44,22 +60,14 @@ from unveil.learning.objectives import Clipped
 from unveil.learning.regularisers import MeanSpace
 from unveil.processes.gaussian import Flow, Gaussian, GaussianProcess, Guess
 from unveil.processes.kernels import Ddim, FlowSde, Kernel
-from unveil.rewards.images import ClassProbability
-from unveil.samplers.grids import Uniform
 from unveil.samplers.latent import LatentSampler
 from unveil.samplers.latents import Noise
 from unveil.systems.ddpo import Ddpo, DdpoSf, Rwr
 from unveil.systems.flow_grpo import variant
 from unveil.tasks.digits import Digits
-from unveil.tasks.evaluate import evaluate
 from unveil.training.policy_config import PolicyConfig, RolloutConfig
-from unveil.training.policy_job import PolicyJob
 
-LEARNING_RATES = (1e-4, 3e-4, 1e-3)
-GOAL, UPDATES, POINTS = 0.90, 40, 20
-PROMPTS, GROUP, STEPS, SHOWN = 10, 24, 10, 500
-CLIP = 3e-3
-"""1e-4 for 65,536 dimensions is as much for 64: ratios of means over dimensions spread as 1 / sqrt(dimensions)."""
+UPDATES, POINTS = 40, 20
 BETA = 0.3
 METHODS = ("flow_grpo", "flow_grpo fast", "flow_grpo KL", "ddpo IS", "ddpo SF", "RWR")
 WINDOW_SHARE, QUERY_SHARE = 0.6, 0.7
@@ -83,15 +91,9 @@ def reproduce(seeds: int, quick: bool, out: Path, report: Report) -> Measured:
     best = dict.fromkeys(METHODS, rates[0])
     with two_processes(report) as every:
         if not quick:
-            jobs = [(out, TUNING_SEED, method, rate, updates) for method in METHODS for rate in rates]
-            tuned = every(_policy, jobs)
-            for method in METHODS:
-                own = {job[3]: result for job, result in zip(jobs, tuned, strict=True) if job[2] == method}
-                best[method] = min(own, key=lambda rate: (own[rate]["queries"], -own[rate]["accuracy"]))
-        jobs = [(out, seed, method, best[method], updates) for seed in range(seeds) for method in METHODS]
-        trained = every(_policy, jobs)
+            best = tune(every, _policy, out, dict.fromkeys(METHODS, rates), updates, soonest)
+        by_method = on_seeds(every, _policy, out, seeds, best, updates)
         exact = every(_exact, [(out, 0)])[0]
-    by_method = {m: [r for j, r in zip(jobs, trained, strict=True) if j[2] == m] for m in METHODS}
     checks = [
         _exact_check(exact), _goal_check(by_method["flow_grpo"], updates), _window_check(by_method),
         _kl_check(by_method), _ddpo_check(by_method),
@@ -101,60 +103,29 @@ def reproduce(seeds: int, quick: bool, out: Path, report: Report) -> Measured:
         "verdict": verdict(checks),
         "learning_rates": best,
         "checks": checks,
-        "cost": total_cost(trained, time.perf_counter() - started),
-        "table": _table(by_method, best),
+        "cost": total_cost(all_runs(by_method), time.perf_counter() - started),
+        "table": table(by_method, best),
     }
 
 
-def _choices(method: str) -> tuple[LatentSampler, dict[str, Any]]:
-    """The rollout sampler and what goes into a `PolicyConfig`; clip ranges are those of 64 dimensions."""
-    clipped, shape = Clipped(clip=CLIP, level="step"), {"steps": STEPS, "grid": Uniform(shift=3.0)}
-    if method.startswith("flow_grpo"):
-        sampler, choices = variant("fast" if method.endswith("fast") else "full", **shape)
-        kl = MeanSpace(beta=BETA if method.endswith("KL") else 0.0, rate=True)
-        return sampler, vars(choices) | {"objective": clipped, "kl": kl}
-    ddim = LatentSampler(kernel=Ddim(eta=1.0), **shape)  # type: ignore[arg-type]
+def _method(name: str) -> Method:
+    """Clip ranges are those of 64 dimensions."""
+    clipped = Clipped(clip=CLIP, level="step")
+    if name.startswith("flow_grpo"):
+        sampler, choices = variant("fast" if name.endswith("fast") else "full", **SHAPE)
+        kl = MeanSpace(beta=BETA if name.endswith("KL") else 0.0, rate=True)
+        return Method(sampler=sampler, choices=vars(choices) | {"objective": clipped, "kl": kl})
     known = {"ddpo IS": vars(Ddpo()) | {"objective": clipped}, "ddpo SF": vars(DdpoSf()), "RWR": vars(Rwr())}
-    return ddim, known[method]
+    return Method(sampler=LatentSampler(kernel=Ddim(eta=1.0), **SHAPE), choices=known[name])
 
 
 def _policy(out: Path, seed: int, method: str, lr: float, updates: int) -> Measured:
-    """Train one method and follow what the judge says of images that the ODE decodes."""
-    denoiser, task = load_denoiser("digits-base"), Digits()
-    sampler, choices = _choices(method)
-    policy = PolicyConfig(
-        task=task,
-        reward=ClassProbability(network="digits-reward"),
-        rollout=RolloutConfig(sampler=sampler, prompts=PROMPTS, group_size=GROUP),
-        **choices,
-    )
-    held_out, decoder = task.problems("test", SHOWN, 0), LatentSampler(steps=STEPS, grid=Uniform(shift=3.0))
-
-    def measure(job: PolicyJob) -> Measured:
-        found = evaluate(denoiser, task, held_out, decoder, seed=seed)
-        own = {name: found.numbers[f"measure/{name}"] for name in ("distance", "diversity", "frechet")}
-        forwards, queries = job.trainer.cost.forwards, job.trainer.cost.rollouts
-        return {"accuracy": found.accuracy, **own, "queries": queries, "forwards": forwards}
-
+    """Train one method; what it spent up to the goal on training alone."""
     folder = out / f"{method.replace(' ', '-')}-{lr:g}-{seed}"
-    run = train_policy(
-        denoiser, policy, folder, seed=seed, lr=lr, updates=updates, measure=measure, points=min(POINTS, updates)
-    )
-    rewards = [line["reward"] for line in run["metrics"]]
-    for at in run["curve"]:  # of the rollouts that led here
-        at["reward"] = rewards[max(0, at["update"] - 1)]
-    reached = next((at for at in run["curve"] if at["accuracy"] >= GOAL), None)
-    end = run["curve"][-1]
+    run = learn(_method(method), folder, seed=seed, lr=lr, updates=updates, points=POINTS)
     rolled = PROMPTS * GROUP * STEPS  # forwards of the rollouts of an update
-    at = reached or end
-    return run | {
-        "accuracy": end["accuracy"],
-        "reached": None if reached is None else reached["update"],
-        "queries": float("inf") if reached is None else reached["queries"],
-        "training_forwards": at["forwards"] - rolled * at["update"] if reached else float("inf"),
-        "line": f"{run['curve'][0]['accuracy']:.3f} -> {end['accuracy']:.3f}, goal after "
-        f"{'-' if reached is None else reached['update']} updates",
-    }
+    never = run["reached"] is None
+    return run | {"training_forwards": math.inf if never else run["spent"] - rolled * run["reached"]}
 
 
 class _Bell(ContinuousDenoiser):
@@ -204,8 +175,8 @@ def _exact(out: Path, seed: int) -> Measured:
         found[name] = float(samples.std())
     found["ratio"] = 0.0
     for name in ("full", "fast", "cps", "mix", "dance"):
-        sampler, choices = variant(name, steps=STEPS, grid=Uniform(shift=3.0))
-        task, denoiser = Digits(), load_denoiser("digits-base")
+        sampler, choices = variant(name, **SHAPE)
+        task, denoiser = Digits(), load_denoiser(BASE)
         policy = PolicyConfig(task=task, rollout=RolloutConfig(sampler=sampler, group_size=4), **vars(choices))
         run = train_policy(
             denoiser, policy, out / f"exact-{name}", seed=seed, lr=1e-30, updates=1, measure=lambda job: {}, points=1
@@ -253,7 +224,8 @@ def _kl_check(by_method: dict[str, list[Measured]]) -> Measured:
     pairs = []
     for held, free in zip(by_method["flow_grpo KL"], by_method["flow_grpo"], strict=True):
         level = min(max(at["reward"] for at in run["curve"]) for run in (held, free))
-        pairs.append({"reward": level, "held": _at(held, level), "free": _at(free, level)})
+        own, other = (crossing(run, "reward", level, "distance") for run in (held, free))
+        pairs.append({"reward": level, "held": own, "free": other})
     held, free = (statistics.mean(pair[name] for pair in pairs) for name in ("held", "free"))
     return {
         "name": "4 KL in mean space",
@@ -262,18 +234,6 @@ def _kl_check(by_method: dict[str, list[Measured]]) -> Measured:
         "holds": held < free,
         "per_seed": pairs,
     }
-
-
-def _at(run: Measured, level: float) -> float:
-    """Distance to real images when the reward first reaches ``level``, by linear interpolation."""
-    before = run["curve"][0]
-    for after in run["curve"]:
-        if after["reward"] >= level:
-            width = after["reward"] - before["reward"]
-            share = (level - before["reward"]) / width if width > 0 else 1.0
-            return before["distance"] + share * (after["distance"] - before["distance"])
-        before = after
-    return before["distance"]
 
 
 def _ddpo_check(by_method: dict[str, list[Measured]]) -> Measured:
@@ -288,17 +248,3 @@ def _ddpo_check(by_method: dict[str, list[Measured]]) -> Measured:
             for a, b, c in zip(*(by_method[name] for name in ("ddpo IS", "ddpo SF", "RWR")), strict=True)
         ],
     }
-
-
-def _table(by_method: dict[str, list[Measured]], best: dict[str, float]) -> str:
-    rows: list[list[object]] = []
-    for method, results in by_method.items():
-        ends = [result["curve"][-1] for result in results]
-        cells = [spread([end[name] for end in ends], 1, 2) for name in ("distance", "diversity", "frechet")]
-        reached = ", ".join("-" if r["reached"] is None else str(r["reached"]) for r in results)
-        cost = [f"{mean(results, key):.0f}" for key in ("optimizer_steps", "rollouts", "forwards", "seconds")]
-        accuracy = spread([end["accuracy"] for end in ends])
-        reward = spread([end["reward"] for end in ends], 1, 3)
-        rows.append([method, f"{best[method]:g}", accuracy, reward, reached, *cells, *cost])
-    head = ["method", "lr", "judge % (mean ± sd)", "reward", "updates to the goal", "distance", "diversity", "Frechet"]
-    return markdown_table([*head, "optimiser steps", "rollouts", "forwards", "seconds"], rows)

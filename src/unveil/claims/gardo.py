@@ -33,14 +33,16 @@ import torch
 from torch import Tensor, nn
 
 from unveil.claims.laboratory import (
-    TUNING_SEED,
+    COSTS,
     Measured,
     Report,
+    cost_cells,
     markdown_table,
     mean,
     spread,
     total_cost,
     train_policy,
+    tune,
     two_processes,
     verdict,
 )
@@ -103,8 +105,7 @@ def reproduce(seeds: int, quick: bool, out: Path, report: Report) -> Measured:
     with two_processes(report) as every:
         exact = every(_exact, [(out, 0)])[0]
         if not quick:
-            tuned = every(_policy, [(out, TUNING_SEED, "GARDO", beta, updates) for beta in GATED])
-            best = max(zip(GATED, tuned, strict=True), key=lambda pair: pair[1]["true"])[0]
+            best = tune(every, _policy, out, {"GARDO": GATED}, updates, lambda run: -run["true"])["GARDO"]
         # The baseline has the best of its strengths on the reported seeds themselves.
         strengths = FIXED[1:2] if quick else FIXED
         fixed = [(out, seed, "fixed KL", beta, updates) for seed in range(seeds) for beta in strengths]
@@ -412,7 +413,7 @@ def _table(by_method: dict[str, list[Measured]], betas: dict[str, float]) -> str
     rows: list[list[object]] = []
     for method, runs in by_method.items():
         cells = [spread([run[key] for run in runs], 1, 3) for key in ("proxy", "true", "hack", "modes", "entropy")]
-        cost = [f"{mean(runs, key):.0f}" for key in ("resets", "optimizer_steps", "rollouts", "forwards", "seconds")]
+        cost = [f"{mean(runs, 'resets'):.0f}", *cost_cells(runs)]
         rows.append([method, f"{betas.get(method, 0.0):g}", *cells, f"{mean(runs, 'held'):.2f}", *cost])
     head = ["method", "beta", "proxy (mean ± sd)", "true reward", "hacked", "modes of 5", "entropy", "held", "resets"]
-    return markdown_table([*head, "optimiser steps", "rollouts", "forwards", "seconds"], rows)
+    return markdown_table([*head, *COSTS.values()], rows)

@@ -33,15 +33,19 @@ import torch
 from torch import Tensor
 
 from unveil.claims.laboratory import (
-    TUNING_SEED,
+    COSTS,
     Every,
     Measured,
+    all_runs,
+    cost_cells,
     markdown_table,
     mean,
+    on_seeds,
     spread,
     total_cost,
     train_policy,
     train_to,
+    tune,
     two_processes,
     verdict,
 )
@@ -156,7 +160,7 @@ def reproduce(seeds: int, quick: bool, out: Path, report: Callable[[str], None])
         "verdict": verdict([*one, *two]),
         "learning_rates": best,
         "checks": [*one, *two],
-        "cost": total_cost([r for results in by_method.values() for r in results], time.perf_counter() - started),
+        "cost": total_cost(all_runs(by_method), time.perf_counter() - started),
         "table": _table(measured, shorter, by_method, best),
     }
 
@@ -253,14 +257,9 @@ def _policies(every: Every, out: Path, seeds: int, quick: bool) -> tuple[dict[st
     updates = 15 if quick else 40
     best = dict.fromkeys(METHODS, LEARNING_RATES[1])
     if not quick:
-        jobs = [(out, TUNING_SEED, method, rate, updates) for method in METHODS for rate in LEARNING_RATES]
-        tuned = [result["accuracy"] for result in every(_policy, jobs)]
-        for place, method in enumerate(METHODS):
-            own = tuned[place * len(LEARNING_RATES) : (place + 1) * len(LEARNING_RATES)]
-            best[method] = LEARNING_RATES[own.index(max(own))]
-    jobs = [(out, seed, method, best[method], updates) for seed in range(seeds) for method in METHODS]
-    trained = every(_policy, jobs)
-    return best, {m: [r for job, r in zip(jobs, trained, strict=True) if job[2] == m] for m in METHODS}
+        grids = dict.fromkeys(METHODS, LEARNING_RATES)
+        best = tune(every, _policy, out, grids, updates, lambda run: -run["accuracy"])
+    return best, on_seeds(every, _policy, out, seeds, best, updates)
 
 
 def _policy(out: Path, seed: int, method: str, lr: float, updates: int) -> Measured:
@@ -368,11 +367,10 @@ def _table(
     runs: list[tuple[object, ...]] = [("base", "", f"{100 * base:.1f}", "", "", "", "", "", "")]
     for method, results in by_method.items():
         accuracy = [result["accuracy"] for result in results]
-        cost = [f"{mean(results, key):.0f}" for key in ("optimizer_steps", "rollouts", "forwards", "seconds")]
         gain, reward = 100 * (statistics.mean(accuracy) - base), spread([result["reward"] for result in results])
-        runs.append((method, f"{best[method]:g}", spread(accuracy), f"{gain:+.1f}", reward, *cost))
+        runs.append((method, f"{best[method]:g}", spread(accuracy), f"{gain:+.1f}", reward, *cost_cells(results)))
     columns = ["trained with", "lr", "accuracy % (mean ± sd)", "gain", "last reward %"]
-    columns += ["optimiser steps", "rollouts", "forwards", "seconds"]
+    columns += COSTS.values()
     by_length = ["tokens", "time % of variance", "RMSE SDMC-3", "double Monte Carlo, 4", "ratio", "low-discrepancy, 4"]
     tables = [markdown_table(head, errors), markdown_table(by_length, lengths), markdown_table(columns, runs)]
     return "\n\n".join(tables)

@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from unveil.denoisers.base import DenoiserSpec, MaskedDenoiser
+from unveil.denoisers.folder import load_weights
 from unveil.denoisers.tokenizer import END, MASK, PAD, UNKNOWN, TextTokenizer
-from unveil.denoisers.transformer import Block, TransformerConfig, load_weights
+from unveil.denoisers.transformer import Block, TransformerConfig
 from unveil.rewards.sudoku import is_valid_grid
 from unveil.tasks.base import Problem, Split, Verdict
 from unveil.tasks.sudoku import Sudoku

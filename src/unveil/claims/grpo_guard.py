@@ -26,15 +26,21 @@ from pathlib import Path
 
 import torch
 
+from unveil.claims.image_learning import BASE, SHAPE, SHOWN, Method, crossing, learn, look_cells
 from unveil.claims.laboratory import (
+    COSTS,
     TUNING_SEED,
     Measured,
     Report,
+    all_runs,
+    cost_cells,
     markdown_table,
     mean,
+    on_seeds,
     spread,
     total_cost,
     train_policy,
+    tune,
     two_processes,
     verdict,
 )
@@ -42,17 +48,12 @@ from unveil.denoisers.load import load_denoiser
 from unveil.learning.objectives import Clipped
 from unveil.processes.gaussian import Gaussian
 from unveil.processes.kernels import FlowSde
-from unveil.rewards.base import Metadata
-from unveil.rewards.images import ClassProbability
-from unveil.samplers.grids import Uniform
 from unveil.samplers.latent import LatentSampler
 from unveil.systems.grpo_guard import GrpoGuard, RegulatedRatio, StepWeighted
 from unveil.tasks.digits import Digits
-from unveil.tasks.evaluate import evaluate
-from unveil.training.policy_config import PolicyConfig, RolloutConfig
+from unveil.tasks.evaluate import Evaluation
 from unveil.training.policy_job import PolicyJob
 
-STEPS, PROMPTS, GROUP, SHOWN = 10, 10, 24, 500
 RATE, INNER, UPDATES, POINTS = 3e-4, 6, 40, 20
 STATISTICS_RATE, STATISTICS_INNER, STATISTICS_UPDATES = 1e-3, 4, 3
 NOISES = (0.7, 0.15)
@@ -94,48 +95,36 @@ def reproduce(seeds: int, quick: bool, out: Path, report: Report) -> Measured:
         measured = every(_ratios, jobs)
         ratios = {(job[1], job[3], job[2]): found for job, found in zip(jobs, measured, strict=True)}
         if not quick:
-            tried = [(out, TUNING_SEED, method, clip, updates) for method in METHODS for clip in CLIPS[method]]
-            tuned = every(_policy, tried)
-            for method in METHODS:
-                own = {job[3]: found for job, found in zip(tried, tuned, strict=True) if job[2] == method}
-                best[method] = min(own, key=lambda clip: _tuning_order(own[clip]))
-        trained_jobs = [(out, seed, method, best[method], updates) for seed in range(seeds) for method in METHODS]
-        trained = every(_policy, trained_jobs)
-    by_method = {m: [r for j, r in zip(trained_jobs, trained, strict=True) if j[2] == m] for m in METHODS}
+            best = tune(every, _policy, out, CLIPS, updates, _tuning_order)
+        by_method = on_seeds(every, _policy, out, seeds, best, updates)
     checks = [_exact_check(exact), *_ratio_checks(ratios, seeds), *_learning_checks(by_method)]
     return {
         "name": "grpo_guard",
         "verdict": verdict(checks),
         "clips": best,
         "checks": checks,
-        "cost": total_cost([*trained, *measured], time.perf_counter() - started),
+        "cost": total_cost([*all_runs(by_method), *measured], time.perf_counter() - started),
         "table": _table(by_method, best) + "\n\n" + _ratio_table(ratios, seeds),
     }
 
 
-def _config(method: str, noise: float, clip: float, inner: int) -> PolicyConfig:
-    ratio, delta = METHODS[method]
+def _method(name: str, noise: float, clip: float, inner: int) -> Method:
+    ratio, delta = METHODS[name]
     choices = GrpoGuard(
         likelihood=RegulatedRatio(ratio=ratio),  # type: ignore[arg-type]
         weighting=StepWeighted(delta=delta),  # type: ignore[arg-type]
         objective=Clipped(clip=clip, level="step"),
         minibatches=1,
     )
-    sampler = LatentSampler(steps=STEPS, grid=Uniform(shift=3.0), kernel=FlowSde(noise=noise))
-    return PolicyConfig(
-        task=Digits(),
-        reward=ClassProbability(network="digits-reward"),
-        rollout=RolloutConfig(sampler=sampler, prompts=PROMPTS, group_size=GROUP),
-        inner_updates=inner,
-        **vars(choices),
-    )
+    sampler = LatentSampler(kernel=FlowSde(noise=noise), **SHAPE)
+    return Method(sampler=sampler, choices=vars(choices) | {"inner_updates": inner})
 
 
 def _ratios(out: Path, seed: int, method: str, noise: float, clip: float, inner: int, updates: int) -> Measured:
     """Per trained step, from noisy to clean, at the last gradient steps: mean and deviation of the log-ratio and shares
     of clipped samples."""
     run = train_policy(
-        load_denoiser("digits-base"), _config(method, noise, clip, inner),
+        load_denoiser(BASE), _method(method, noise, clip, inner).policy(),
         out / f"ratios-{method}-{noise:g}-{clip:.2g}-{seed}", seed=seed, lr=STATISTICS_RATE,
         updates=updates, measure=lambda job: {}, points=1,
     )  # fmt: skip
@@ -143,7 +132,7 @@ def _ratios(out: Path, seed: int, method: str, noise: float, clip: float, inner:
     def over_updates(name: str) -> list[float]:
         return [statistics.mean(step) for step in zip(*(line[f"steps/{name}"] for line in run["metrics"]), strict=True)]
 
-    found = {key: run[key] for key in ("optimizer_steps", "rollouts", "forwards", "seconds")}
+    found = {key: run[key] for key in COSTS}
     found |= {"mean": over_updates("log_ratio_mean"), "std": over_updates("log_ratio_std")}
     found |= {"good": over_updates("clipped_good"), "bad": over_updates("clipped_bad")}
     return found | {"line": f"deviation {found['std'][0]:.1e} .. {found['std'][-1]:.1e}, clipped at the cleanest step "
@@ -151,23 +140,16 @@ def _ratios(out: Path, seed: int, method: str, noise: float, clip: float, inner:
 
 
 def _policy(out: Path, seed: int, method: str, clip: float, updates: int) -> Measured:
-    """Train one method and follow proxy, judge and distance to real images of what the ODE decodes."""
-    denoiser, task = load_denoiser("digits-base"), Digits()
-    policy = _config(method, NOISES[0], clip, INNER)
-    held_out, decoder = task.problems("test", SHOWN, 0), LatentSampler(steps=STEPS, grid=Uniform(shift=3.0))
+    """Train one method and follow the proxy and the distance to real images."""
+    own, held_out = _method(method, NOISES[0], clip, INNER), Digits().problems("test", SHOWN, 0)
+    prompts, told = [problem.prompt for problem in held_out], [problem.answer for problem in held_out]
 
-    def measure(job: PolicyJob) -> Measured:
-        found = evaluate(denoiser, task, held_out, decoder, seed=seed)
-        told: list[Metadata] = [problem.answer for problem in held_out]
-        prompts = [problem.prompt for problem in held_out]
-        proxy = statistics.mean(policy.reward.scores(list(found.judged.samples), prompts, told))  # type: ignore[type-var]
-        own = {name: found.numbers[f"measure/{name}"] for name in ("distance", "diversity", "frechet")}
-        return {"accuracy": found.accuracy, "proxy": proxy, **own, "forwards": job.trainer.cost.forwards}
+    def proxy(job: PolicyJob, found: Evaluation) -> Measured:
+        scores = job.policy.reward.scores(found.samples, prompts, told)
+        return {"proxy": statistics.mean(scores)}  # type: ignore[type-var]
 
-    run = train_policy(
-        denoiser, policy, out / f"{method.replace(' ', '-')}-{clip:g}-{seed}", seed=seed, lr=RATE, updates=updates,
-        measure=measure, points=min(POINTS, updates),
-    )  # fmt: skip
+    folder = out / f"{method.replace(' ', '-')}-{clip:g}-{seed}"
+    run = learn(own, folder, seed=seed, lr=RATE, updates=updates, points=POINTS, also=proxy)
     first, end = run["curve"][0], run["curve"][-1]
     line = (
         f"proxy {first['proxy']:.3f} -> {end['proxy']:.3f}, distance {first['distance']:.3f} -> {end['distance']:.3f}"
@@ -176,15 +158,9 @@ def _policy(out: Path, seed: int, method: str, clip: float, updates: int) -> Mea
 
 
 def _at(run: Measured, level: float) -> float | None:
-    """Distance to real images when the proxy first reaches ``level``, by linear interpolation; None if it does not."""
-    before = run["curve"][0]
-    for after in run["curve"]:
-        if after["proxy"] >= level:
-            width = after["proxy"] - before["proxy"]
-            share = (level - before["proxy"]) / width if width > 0 else 1.0
-            return before["distance"] + share * (after["distance"] - before["distance"])
-        before = after
-    return None
+    """Distance to real images when the proxy first reaches ``level``; None if it does not."""
+    reached = any(at["proxy"] >= level for at in run["curve"])
+    return crossing(run, "proxy", level, "distance") if reached else None
 
 
 def _tuning_order(run: Measured) -> tuple[int, float]:
@@ -205,7 +181,7 @@ def _exact(out: Path, seed: int) -> Measured:
     found = RegulatedRatio().log_ratio(new, old, after)
     error = float(torch.maximum((found - (1e-3 * shift * noise).mean(1)).abs(), (found - longer).abs()).max())
     run = train_policy(
-        load_denoiser("digits-base"), _config("guard", NOISES[0], 1e-4, 1), out / "exact", seed=seed, lr=1e-30,
+        load_denoiser(BASE), _method("guard", NOISES[0], 1e-4, 1).policy(), out / "exact", seed=seed, lr=1e-30,
         updates=1, measure=lambda job: {}, points=1,
     )  # fmt: skip
     ratio = run["metrics"][0]["ratio_deviation"]
@@ -316,15 +292,14 @@ def _learning_checks(by_method: dict[str, list[Measured]]) -> list[Measured]:
 def _table(by_method: dict[str, list[Measured]], best: dict[str, float]) -> str:
     rows: list[list[object]] = []
     for method, results in by_method.items():
-        ends = [result["curve"][-1] for result in results]
-        cells = [spread([end[name] for end in ends], 1, 3) for name in ("proxy", "distance", "diversity", "frechet")]
+        accuracy, proxy = spread([r["accuracy"] for r in results]), [r["curve"][-1]["proxy"] for r in results]
         at = [[value for value in (_at(r, level) for r in results) if value is not None] for level in LEVELS]
         levels = [spread(values, 1, 3) if values else "-" for values in at]
-        cost = [f"{mean(results, key):.0f}" for key in ("optimizer_steps", "rollouts", "forwards", "seconds")]
-        rows.append([method, f"{best[method]:g}", spread([end["accuracy"] for end in ends]), *cells, *levels, *cost])
+        cells = [accuracy, spread(proxy, 1, 3), *look_cells(results, 3), *levels, *cost_cells(results)]
+        rows.append([method, f"{best[method]:g}", *cells])
     at_level = [f"distance at {level:g}" for level in LEVELS]
     head = ["method", "clip", "judge % (mean ± sd)", "proxy", "distance", "diversity", "Frechet", *at_level]
-    return markdown_table([*head, "optimiser steps", "rollouts", "forwards", "seconds"], rows)
+    return markdown_table([*head, *COSTS.values()], rows)
 
 
 def _ratio_table(ratios: dict[tuple[int, float, str], Measured], seeds: int) -> str:

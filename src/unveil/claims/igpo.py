@@ -43,12 +43,15 @@ from unveil.claims.laboratory import (
     TUNING_SEED,
     Measured,
     Report,
+    all_runs,
     markdown_table,
     mean,
+    on_seeds,
     spread,
     total_cost,
     train_policy,
     train_to,
+    tune,
     two_processes,
     verdict,
 )
@@ -124,17 +127,11 @@ def reproduce(seeds: int, quick: bool, out: Path, report: Report) -> dict[str, A
     with two_processes(report) as every:
         every(_network, [(out, seed) for seed in (numbers if quick else [*numbers, TUNING_SEED])])
         if not quick:
-            grid = [(out, TUNING_SEED, method, rate, updates) for method in TUNED for rate in LEARNING_RATES]
-            tried = dict(zip(grid, every(_policy, grid), strict=True))
-            for method in TUNED:
-                best[method] = max(
-                    LEARNING_RATES, key=lambda rate: tried[out, TUNING_SEED, method, rate, updates]["accuracy"]
-                )
+            grids = dict.fromkeys(TUNED, LEARNING_RATES)
+            best |= tune(every, _policy, out, grids, updates, lambda run: -run["accuracy"])
             best |= dict.fromkeys(METHODS[4:], best["igpo"])
         repairs = every(_repair, [(out, seed) for seed in numbers])
-        jobs = [(out, seed, method, best[method], updates) for seed in numbers for method in METHODS]
-        trained = every(_policy, jobs)
-    by_method = {m: [r for j, r in zip(jobs, trained, strict=True) if j[2] == m] for m in METHODS}
+        by_method = on_seeds(every, _policy, out, seeds, best, updates)
     checks = [
         _repair_check(repairs),
         _against(by_method, "igpo", "resample", GAIN, "2 IGPO against resampling"),
@@ -146,7 +143,7 @@ def reproduce(seeds: int, quick: bool, out: Path, report: Report) -> dict[str, A
         "verdict": verdict(checks),
         "learning_rates": best,
         "checks": checks,
-        "cost": total_cost(trained, time.perf_counter() - started),
+        "cost": total_cost(all_runs(by_method), time.perf_counter() - started),
         "table": _table(by_method, best, repairs),
     }
 

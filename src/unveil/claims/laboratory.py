@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
@@ -33,6 +33,10 @@ Every = Callable[[Callable[..., Measured], Sequence[tuple]], list[Measured]]
 TUNING_SEED = 1000
 """Learning rates are chosen on it; it is never among the reported seeds."""
 NEVER = 10**9
+COSTS = {
+    "optimizer_steps": "optimiser steps", "rollouts": "rollouts", "forwards": "forwards", "seconds": "seconds",
+}  # fmt: skip
+"""What every run is charged with, and how tables call it."""
 
 
 @contextmanager
@@ -58,6 +62,28 @@ def two_processes(report: Report) -> Iterator[Every]:
 def _alone(function: Callable[..., Measured], job: tuple) -> Measured:
     torch.set_num_threads(1)
     return function(*job)
+
+
+def tune(
+    every: Every, train: Callable[..., Measured], out: Path, grids: Mapping[str, Sequence[float]], updates: int,
+    order: Callable[[Measured], Any],
+) -> dict[str, float]:  # fmt: skip
+    """Per method the setting of its grid whose run on the tuning seed is the least in ``order``; of equals the earlier.
+
+    ``train(out, seed, method, setting, updates)`` is a job of `two_processes`.
+    """
+    jobs = [(out, TUNING_SEED, method, setting, updates) for method, grid in grids.items() for setting in grid]
+    found = {job[2:4]: order(run) for job, run in zip(jobs, every(train, jobs), strict=True)}
+    return {method: min(grid, key=lambda setting: found[method, setting]) for method, grid in grids.items()}
+
+
+def on_seeds(
+    every: Every, train: Callable[..., Measured], out: Path, seeds: int, settings: Mapping[str, float], updates: int
+) -> dict[str, list[Measured]]:
+    """Per method its runs with its setting on the seeds 0, 1, ...; ``train`` as of `tune`."""
+    jobs = [(out, seed, method, setting, updates) for seed in range(seeds) for method, setting in settings.items()]
+    runs = every(train, jobs)
+    return {method: [run for job, run in zip(jobs, runs, strict=True) if job[2] == method] for method in settings}
 
 
 def train_to(
@@ -165,7 +191,7 @@ def train_policy(
 
 
 def _cost(trainer: Trainer) -> Measured:
-    return {key: getattr(trainer.cost, key) for key in ("optimizer_steps", "rollouts", "forwards", "seconds")}
+    return {key: getattr(trainer.cost, key) for key in COSTS}
 
 
 def _trainer(
@@ -195,10 +221,18 @@ def _trainer(
     )
 
 
-def total_cost(results: Sequence[Measured], seconds: float) -> Measured:
+def all_runs(by_method: Mapping[str, list[Measured]]) -> list[Measured]:
+    return [run for runs in by_method.values() for run in runs]
+
+
+def total_cost(runs: Sequence[Measured], seconds: float) -> Measured:
     """The cost of all runs together; ``seconds`` is the wall time of the whole check."""
-    counted = ("optimizer_steps", "rollouts", "forwards")
-    return {"seconds": seconds} | {key: sum(result.get(key, 0) for result in results) for key in counted}
+    return {"seconds": seconds} | {key: sum(run.get(key, 0) for run in runs) for key in COSTS if key != "seconds"}
+
+
+def cost_cells(results: Sequence[Measured]) -> list[str]:
+    """Mean costs of runs, under the headings of `COSTS`."""
+    return [f"{mean(results, key):.0f}" for key in COSTS]
 
 
 def verdict(checks: Sequence[Measured]) -> str:

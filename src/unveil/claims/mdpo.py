@@ -23,13 +23,18 @@ from pathlib import Path
 from typing import Any
 
 from unveil.claims.laboratory import (
+    COSTS,
     TUNING_SEED,
     Measured,
+    all_runs,
+    cost_cells,
     markdown_table,
     mean,
+    on_seeds,
     spread,
     total_cost,
     train_policy,
+    tune,
     two_processes,
     verdict,
 )
@@ -75,18 +80,12 @@ def reproduce(seeds: int, quick: bool, out: Path, report: Callable[[str], None])
     with two_processes(report) as every:
         every(_chain_network, [(out, seed, LENGTH) for seed in [*numbers, *tuning]])
         methods = ("mdpo", "diffu_grpo equal steps", "diffu_grpo equal rollouts")
-        best = {method: rates[0] for method in methods}
+        best = dict.fromkeys(methods, rates[0])
         if not quick:
-            jobs = [(out, TUNING_SEED, method, rate, updates) for method in methods for rate in rates]
-            for (_, _, method, rate, _), result in zip(jobs, every(_policy, jobs), strict=True):
-                tuned = best.setdefault(f"score {method}", -1.0)
-                if result["accuracy"] > tuned:
-                    best[method], best[f"score {method}"] = rate, result["accuracy"]
+            best = tune(every, _policy, out, dict.fromkeys(methods, rates), updates, lambda run: -run["accuracy"])
         variants = ("mdpo terminal", "mdpo difference", "mdpo future", "mdpo all steps")
-        jobs = [(out, seed, method, best[method], updates) for seed in numbers for method in methods]
-        jobs += [(out, seed, method, best["mdpo"], updates) for seed in numbers for method in variants]
-        trained = every(_policy, jobs)
-        by_method = {m: [r for j, r in zip(jobs, trained, strict=True) if j[2] == m] for m in (*methods, *variants)}
+        settings = best | dict.fromkeys(variants, best["mdpo"])
+        by_method = on_seeds(every, _policy, out, seeds, settings, updates)
         chain = every(_chain_decoding, [(out, seed) for seed in numbers])
         answer = every(_answer_first, [(out, seed) for seed in numbers])
     checks = [
@@ -99,10 +98,10 @@ def reproduce(seeds: int, quick: bool, out: Path, report: Callable[[str], None])
     return {
         "name": "mdpo",
         "verdict": verdict(checks),
-        "learning_rates": {method: best[method] for method in methods},
+        "learning_rates": best,
         "checks": checks,
-        "cost": total_cost(trained, time.perf_counter() - started),
-        "table": _table(by_method, best, chain, answer),
+        "cost": total_cost(all_runs(by_method), time.perf_counter() - started),
+        "table": _table(by_method, settings, chain, answer),
     }
 
 
@@ -268,7 +267,7 @@ def _over_denoising_check(results: list[Measured]) -> Measured:
 
 def _table(
     by_method: dict[str, list[Measured]],
-    best: dict[str, float],
+    rates: dict[str, float],
     chain: list[Measured],
     answer: list[Measured],
 ) -> str:
@@ -277,12 +276,10 @@ def _table(
     rows: list[list[object]] = [["base", "", spread(base), "", f"{rate:.1f}", "", "", "", ""]]
     for method, results in by_method.items():
         end = 100 * statistics.mean(r["over_denoising"][1] for r in results)
-        cost = [f"{mean(results, key):.0f}" for key in ("optimizer_steps", "rollouts", "forwards", "seconds")]
-        rate_used = f"{best.get(method, best['mdpo']):g}"
-        gain = f"{100 * mean(results, 'gain'):+.1f}"
-        rows.append([method, rate_used, spread([r["accuracy"] for r in results]), gain, f"{end:.1f}", *cost])
+        accuracy, gain = spread([r["accuracy"] for r in results]), f"{100 * mean(results, 'gain'):+.1f}"
+        rows.append([method, f"{rates[method]:g}", accuracy, gain, f"{end:.1f}", *cost_cells(results)])
     head = ["method", "lr", "accuracy % (mean ± sd)", "gain", "over-denoising %"]
-    trained = markdown_table([*head, "optimiser steps", "rollouts", "forwards", "seconds"], rows)
+    trained = markdown_table([*head, *COSTS.values()], rows)
     rows = []
     for place, cell in enumerate(chain[0]["cells"]):
         columns = [spread([result["cells"][place][rule] for result in chain]) for rule in _rules()]

@@ -25,17 +25,21 @@ import torch
 
 from unveil.claims.grid import Blanks, GridDenoiser
 from unveil.claims.laboratory import (
+    COSTS,
     TUNING_SEED,
-    Every,
     Measured,
     Report,
+    all_runs,
+    cost_cells,
     markdown_table,
     mean,
+    on_seeds,
     spread,
     total_cost,
     train_policy,
     train_steps,
     train_to,
+    tune,
     two_processes,
 )
 from unveil.denoisers.score import Scored
@@ -83,24 +87,17 @@ def score_form(seeds: int, quick: bool, out: Path, report: Report) -> dict[str, 
     updates = UPDATES // 3 if quick else UPDATES
     with two_processes(report) as every:
         every(_base, [(out, seed) for seed in numbers + ([] if quick else [TUNING_SEED])])
-        rates = {method: grid[1] for method, grid in RATES.items()} if quick else _tuned(every, out, updates)
+        rates = {method: grid[1] for method, grid in RATES.items()}
+        if not quick:
+            rates = tune(every, _train, out, RATES, updates, lambda run: -run["validation"])
         base = every(_untrained, [(out, seed) for seed in numbers])
-        jobs = [(out, seed, method, rates[method], updates) for method in RATES for seed in numbers]
-        trained = every(_train, jobs)
-    by_method = {m: [r for job, r in zip(jobs, trained, strict=True) if job[2] == m] for m in RATES}
+        by_method = on_seeds(every, _train, out, seeds, rates, updates)
     return {
         "learning_rates": {f"score form, {method}": rate for method, rate in rates.items()},
         "checks": _checks(base, by_method["rl"], by_method["sft"]),
-        "cost": total_cost(trained, time.perf_counter() - started),
+        "cost": total_cost(all_runs(by_method), time.perf_counter() - started),
         "table": _table(base, by_method, rates),
     }
-
-
-def _tuned(every: Every, out: Path, updates: int) -> dict[str, float]:
-    """The best learning rate of both trainings on the tuning seed."""
-    jobs = [(out, TUNING_SEED, method, rate, updates) for method, grid in RATES.items() for rate in grid]
-    found = {job[2:4]: result["validation"] for job, result in zip(jobs, every(_train, jobs), strict=True)}
-    return {method: max(grid, key=lambda rate: found[method, rate]) for method, grid in RATES.items()}
 
 
 def _base(out: Path, seed: int) -> Measured:
@@ -232,8 +229,7 @@ def _table(base: list[Measured], by_method: dict[str, list[Measured]], rates: di
 
     rows: list[list[object]] = [["base", "", *accuracies(base), "", "", "", ""]]
     for method, results in by_method.items():
-        cost = [f"{mean(results, key):.0f}" for key in ("optimizer_steps", "rollouts", "forwards", "seconds")]
-        rows.append([method, f"{rates[method]:g}", *accuracies(results), *cost])
+        rows.append([method, f"{rates[method]:g}", *accuracies(results), *cost_cells(results)])
     head = ["score form", "lr", "sampled % (mean ± sd)", "greedy %"]
-    head += ["optimiser steps", "rollouts", "forwards", "seconds"]
+    head += COSTS.values()
     return markdown_table(head, rows)

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from unveil.claims.laboratory import Measured, train_to
 from unveil.denoisers.base import DenoiserSpec, MaskedDenoiser
+from unveil.denoisers.folder import load_weights
 from unveil.denoisers.tokenizer import END, MASK, PAD, UNKNOWN, TextTokenizer
-from unveil.denoisers.transformer import Block, TransformerConfig, load_weights
+from unveil.denoisers.transformer import Block, TransformerConfig
 from unveil.samplers.masked import MaskedSampler
 from unveil.seeds import generator
 from unveil.tasks.base import Task

@@ -29,7 +29,9 @@ from typing import Any
 
 from unveil.claims.chase import ChaseDenoiser
 from unveil.claims.laboratory import (
+    COSTS,
     Measured,
+    cost_cells,
     markdown_table,
     mean,
     spread,
@@ -329,10 +331,10 @@ def _table(by_kind: dict[str, list[Measured]], rules: Sequence[Measured]) -> str
         cells = row(f"{names[what]} {alpha}", results)
         cells.append(spread([result["unfinished"] for result in results]))
         cells.append("" if what == "blocks" else row("", [result["longer"] for result in results])[1])
-        cells += [f"{mean(results, key):.0f}" for key in ("optimizer_steps", "rollouts", "forwards", "seconds")]
+        cells += cost_cells(results)
         trained.append(cells)
     head = ["policy", "accuracy %", "steps", "with holes %", f"accuracy % at {LONGER}"]
-    head += ["optimiser steps", "rollouts", "forwards", "seconds"]
+    head += COSTS.values()
     plain = [row(name, [result["cells"][name] for result in rules]) for name in rules[0]["cells"]]
     rule_head = ["decoding without training", "accuracy %", "steps"]
     return markdown_table(head, trained) + "\n\n" + markdown_table(rule_head, plain)

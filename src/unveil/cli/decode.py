@@ -260,9 +260,7 @@ def _length(args: argparse.Namespace, recipe: DecodeRecipe | None, denoiser: Mas
     return min(room, trained_length(args.model) or _LONGEST)
 
 
-def _sampler(
-    args: argparse.Namespace, recipe: DecodeRecipe | None, length: int, denoiser: MaskedDenoiser
-) -> Sampler:
+def _sampler(args: argparse.Namespace, recipe: DecodeRecipe | None, length: int, denoiser: MaskedDenoiser) -> Sampler:
     from unveil.cli.decoders import plugin, rule, sampler
     from unveil.samplers.caches import Cache
     from unveil.samplers.schedules import Schedule

@@ -67,9 +67,7 @@ def _judge(task: Task, one: Stored) -> Verdict | None:
     return None if one.problem is None else task.check(one.problem, one.text)
 
 
-def _summary(
-    args: argparse.Namespace, setup: str, judged: list[tuple[Stored, list[Verdict | None]]]
-) -> dict[str, Any]:
+def _summary(args: argparse.Namespace, setup: str, judged: list[tuple[Stored, list[Verdict | None]]]) -> dict[str, Any]:
     """What has no reference answer is wrong."""
     from unveil.tasks.statistics import bootstrap
 

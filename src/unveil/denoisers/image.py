@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,11 +10,10 @@ from typing import Annotated, ClassVar, Self
 
 import torch
 from pydantic import Field
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from unveil.denoisers.continuous import Condition, ContinuousDenoiser, ContinuousSpec
-from unveil.denoisers.transformer import load_weights, read_config
+from unveil.denoisers.folder import load_weights, read_config, write_model
 from unveil.processes.gaussian import Flow, GaussianProcess, Prediction, spread
 from unveil.recipe import build, dump
 from unveil.registry import Plugin, UserError
@@ -153,11 +151,7 @@ class ImageDenoiser(ContinuousDenoiser):
         return ((x_0 + 1) / 2).clamp(0, 1)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        config = {"model_type": self.model_type, **dump(self.config)}
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(self.own_state(), folder / "model.safetensors")
+        write_model(Path(folder), {"model_type": self.model_type, **dump(self.config)}, self.own_state())
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:

@@ -11,11 +11,12 @@ from typing import Any
 
 from unveil.denoisers import hub
 from unveil.denoisers.base import Denoiser, MaskedDenoiser
+from unveil.denoisers.folder import read_config
 from unveil.denoisers.image import ImageDenoiser
 from unveil.denoisers.pipelines import INDEX, PipelineDenoiser, PipelineOptions, read_index
 from unveil.denoisers.pretrained import Dtype, PretrainedDenoiser
 from unveil.denoisers.score import ScoreDenoiser
-from unveil.denoisers.transformer import TransformerDenoiser, read_config
+from unveil.denoisers.transformer import TransformerDenoiser
 from unveil.denoisers.unmask import FILE
 from unveil.registry import UserError, did_you_mean
 

@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from unveil.denoisers.base import DenoiserSpec, MaskedDenoiser
+from unveil.denoisers.folder import read_config
 from unveil.denoisers.tokenizer import TextTokenizer
-from unveil.denoisers.transformer import read_config
 from unveil.registry import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

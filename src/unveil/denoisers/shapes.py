@@ -110,7 +110,7 @@ def shape_of(name_or_path: str, folder: Path | None) -> tuple[str, Shape]:
         UserError: nothing is known of the model.
     """
     if folder is not None:
-        from unveil.denoisers.transformer import read_config
+        from unveil.denoisers.folder import read_config
 
         config = read_config(folder)
         if "vocab_size" not in config and (folder / "tokenizer.json").is_file():

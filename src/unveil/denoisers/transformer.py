@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,11 +11,10 @@ from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from unveil.denoisers.base import DenoiserSpec, MaskedDenoiser
+from unveil.denoisers.folder import load_weights, read_config, write_model
 from unveil.denoisers.kept import KeyValues
 from unveil.denoisers.tokenizer import END, MASK, PAD, UNKNOWN, TextTokenizer
 from unveil.registry import UserError
@@ -169,10 +167,7 @@ class TransformerDenoiser(MaskedDenoiser):
 
     def save_pretrained(self, folder: str | Path) -> None:
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        config = {"model_type": self.model_type, **dataclasses.asdict(self.config)}
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(self.own_state(), folder / "model.safetensors")
+        write_model(folder, {"model_type": self.model_type, **dataclasses.asdict(self.config)}, self.own_state())
         self.save_unmask(folder)
         self.tokenizer.save(folder / "tokenizer.json")
 
@@ -202,48 +197,6 @@ class TransformerDenoiser(MaskedDenoiser):
         denoiser = cls(config, tokenizer)
         load_weights(denoiser, folder / "model.safetensors")
         return denoiser
-
-
-def read_config(folder: Path) -> dict:
-    """config.json of a model folder.
-
-    Raises:
-        UserError: the folder or file is missing, or is not a JSON object.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file (a model folder holds config.json, model.safetensors, tokenizer.json)")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: should hold a JSON object, got {type(config).__name__}")
-    return config
-
-
-def load_weights(module: nn.Module, path: Path) -> None:
-    """Load a safetensors file into ``module``, every key and shape matching.
-
-    Raises:
-        UserError: the file is missing, truncated, or of another architecture (the first difference is named).
-    """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        loaded = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable safetensors file: {error}") from error
-    own = module.state_dict()
-    for name in sorted(own.keys() | loaded.keys()):
-        if name not in loaded:
-            raise UserError(f"{path}: a checkpoint of another architecture: it lacks {name!r}")
-        if name not in own:
-            raise UserError(f"{path}: a checkpoint of another architecture: it has {name!r}, the model does not")
-        if own[name].shape != loaded[name].shape:
-            got, wanted = tuple(loaded[name].shape), tuple(own[name].shape)
-            raise UserError(f"{path}: a checkpoint of another architecture: {name!r} is {got}, the model has {wanted}")
-    module.load_state_dict(loaded)
 
 
 def _rope_table(config: TransformerConfig) -> tuple[Tensor, Tensor]:

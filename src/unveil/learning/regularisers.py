@@ -15,15 +15,16 @@ from unveil.registry import Plugin
 Towards = Literal["reference", "old", "ema"]
 
 
+@dataclass(kw_only=True)
 class Regulariser(Plugin, family="regulariser", default="kl"):
     """A penalty for the distance of the policy from a snapshot. Both have scored the same views."""
 
     reads: ClassVar[frozenset[str]] = frozenset()
     """Fields of `Scores` that are read of the snapshot besides the log-probabilities."""
-    beta: float
-    """Strength; at 0 the snapshot is not evaluated."""
-    towards: Towards
-    """The snapshot."""
+    beta: Annotated[float, Field(ge=0)] = 0.0
+    """Strength; at 0 no snapshot is evaluated."""
+    towards: Towards = "reference"
+    """The snapshot that the policy is held to."""
 
     def penalty(self, views: Any, scores: Scores, other: Scores, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Unscaled terms (U,) and their weights (U,), whose products are summed.
@@ -37,10 +38,6 @@ class Regulariser(Plugin, family="regulariser", default="kl"):
 class Kl(Regulariser, name="kl"):
     """KL(policy || snapshot) estimated from log-probabilities, per token unit; d = log p_snapshot - log p."""
 
-    beta: Annotated[float, Field(ge=0)] = 0.0
-    """Strength; at 0 no snapshot is evaluated."""
-    towards: Towards = "reference"
-    """The snapshot that the policy is held to."""
     estimator: Literal["k1", "k2", "k3"] = "k3"
     """k1 = -d, k2 = d^2 / 2 (its gradient is that of the reverse KL on-policy), k3 = exp(d) - d - 1."""
 
@@ -68,10 +65,6 @@ class MeanSpace(Regulariser, name="mean_space"):
     two Gaussians of one std, divided by their dimensions (Flow-GRPO, arXiv 2505.05470)."""
 
     reads: ClassVar[frozenset[str]] = frozenset({"mean", "std"})
-    beta: Annotated[float, Field(ge=0)] = 0.0
-    """Strength; at 0 no snapshot is evaluated."""
-    towards: Towards = "reference"
-    """The snapshot that the policy is held to."""
     rate: bool = False
     """Divide by the noise rate g^2 = std^2 / (t - s) rather than by std^2, as Flow-GRPO's code does: a step then weighs
     by its length."""
@@ -90,10 +83,6 @@ class Velocity(Regulariser, name="velocity"):
     """|v - v of the snapshot|^2 averaged over dimensions, v = dx/dt of the probability flow (DiffusionNFT, AWM)."""
 
     reads: ClassVar[frozenset[str]] = frozenset({"velocity"})
-    beta: Annotated[float, Field(ge=0)] = 0.0
-    """Strength; at 0 no snapshot is evaluated."""
-    towards: Towards = "reference"
-    """The snapshot that the policy is held to."""
 
     def penalty(self, views: Any, scores: Scores, other: Scores, weight: Tensor) -> tuple[Tensor, Tensor]:
         assert scores.velocity is not None and other.velocity is not None

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from unveil.denoisers.base import DenoiserSpec, MaskedDenoiser
 from unveil.learning.likelihoods import TokenLikelihood, TokenViews
-from unveil.learning.scoring import CHUNK_ELEMENTS
+from unveil.learning.scoring import in_chunks
 from unveil.learning.views import FIRST, Inner, Scores
 from unveil.processes.score_entropy import Method
 from unveil.registry import UserError
@@ -87,17 +86,8 @@ class ReverseLikelihood(TokenLikelihood, name="reverse"):
         row, column = scored.nonzero(as_tuple=True)
         features = canvas[row, views.prompt_width + column]
         here, targets = (ids.to(device)[row, column] for ids in (views.ids[:, views.prompt_width :], views.targets))
-        rows = max(1, CHUNK_ELEMENTS // denoiser.spec.vocab_size)
-        recompute = len(features) > rows and torch.is_grad_enabled()
-        parts = []
         inputs = (features, here, targets, times[row])
-        for part in zip(*(value.split(rows) for value in inputs), strict=True):
-            arguments = (denoiser, *part, sampler.temperature, self.method)
-            if recompute:
-                parts.append(checkpoint(_score_rows, *arguments, use_reentrant=False, preserve_rng_state=False))
-            else:
-                parts.append(_score_rows(*arguments))
-        log_prob, entropy = (torch.cat(values) for values in zip(*parts, strict=True))
+        log_prob, entropy = in_chunks(_score_rows, denoiser, inputs, sampler.temperature, self.method)
         nothing = torch.zeros(scored.shape, device=device)
         return Scores(
             log_prob=nothing.masked_scatter(scored, log_prob),

@@ -8,7 +8,8 @@ follows the rows of one chunk and not N.
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -70,18 +71,29 @@ def score_tokens(
     """
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
+    log_prob, spread = in_chunks(_score_rows, denoiser, (features, tokens), temperature, entropy, chunk_rows=chunk_rows)
+    return (log_prob, spread) if entropy else log_prob
+
+
+def in_chunks(
+    score: Callable[..., tuple[Tensor, Tensor]],
+    denoiser: MaskedDenoiser,
+    rows: Sequence[Tensor],
+    *settings: Any,
+    chunk_rows: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``score(denoiser, *rows, *settings)``, two values (N,) of tensors with N rows, on a chunk of rows at a time."""
     size = chunk_rows or max(1, CHUNK_ELEMENTS // denoiser.spec.vocab_size)
-    recompute = len(features) > size and torch.is_grad_enabled()
-    scored, entropies = [], []
-    for part, token in zip(features.split(size), tokens.split(size), strict=True):
-        arguments = (denoiser, part, token, temperature, entropy)
+    recompute = len(rows[0]) > size and torch.is_grad_enabled()
+    parts = []
+    for part in zip(*(value.split(size) for value in rows), strict=True):
+        arguments = (denoiser, *part, *settings)
         if recompute:
-            log_prob, spread = checkpoint(_score_rows, *arguments, use_reentrant=False, preserve_rng_state=False)
+            parts.append(checkpoint(score, *arguments, use_reentrant=False, preserve_rng_state=False))
         else:
-            log_prob, spread = _score_rows(*arguments)
-        scored.append(log_prob)
-        entropies.append(spread)
-    return (torch.cat(scored), torch.cat(entropies)) if entropy else torch.cat(scored)
+            parts.append(score(*arguments))
+    first, second = (torch.cat(values) for values in zip(*parts, strict=True))
+    return first, second
 
 
 def _score_rows(

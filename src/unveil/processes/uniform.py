@@ -38,9 +38,7 @@ class UniformProcess:
         """x_t (B, L): each ``maskable (B, L)`` position becomes a random token where ``u (B, L)`` < ``t (B,)``."""
         return torch.where(maskable & (u < t[:, None]), self.noise(u_token), x_0)
 
-    def step(
-        self, logits: Tensor, x_t: Tensor, t: Tensor, s: Tensor, temperature: float = 1.0
-    ) -> UniformTransition:
+    def step(self, logits: Tensor, x_t: Tensor, t: Tensor, s: Tensor, temperature: float = 1.0) -> UniformTransition:
         """The reverse transition from t to s < t of N positions, given ``logits (N, V)`` of x_0 at ``x_t (N,)``.
 
         Args:

@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 class Features(Plugin, family="features"):
     """Maps samples to vectors in which near means alike."""
+
+    medium: ClassVar[Literal["text", "image"]] = "image"
+    """What it can look at."""
 
     def of(self, samples: Sequence[Tensor]) -> Tensor:
         """(N, F) float32 on the CPU, of images (C, H, W) in [0, 1]; what is no number counts as 0."""

@@ -177,11 +177,6 @@ class TokenTrajectory(Trajectory):
     expert_share: Tensor | None = None
 
     @property
-    def decided(self) -> Tensor:
-        """(B, S) True at the steps that chose something, which can be trained."""
-        return self.active
-
-    @property
     def finished(self) -> Tensor:
         return self.response_ids
 

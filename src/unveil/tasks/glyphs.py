@@ -104,9 +104,6 @@ class Glyphs(ImageTask, name="glyphs"):
             images[row] = numpy.asarray(canvas)
         return torch.from_numpy(images)[:, None].float() / 255
 
-    def check(self, problem: Problem, completion: Any) -> Verdict:
-        return self.check_all([problem], [completion])[0]
-
     @torch.no_grad()
     def check_all(self, problems: Sequence[Problem], samples: Sequence[Any]) -> list[Verdict]:
         """Score: 1 - edit distance / length, of what the judge reads."""

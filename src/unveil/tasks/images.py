@@ -48,6 +48,10 @@ class ImageTask(Task):
         """
         raise UserError(f"task: {self.name!r} has prompts and no images (allowed: a task with images of its own)")
 
+    def check(self, problem: Problem, completion: Any) -> Verdict:
+        """One of many: a judge looks at all samples at once, in `check_all`."""
+        return self.check_all([problem], [completion])[0]
+
 
 def image_task(task: Task, where: str) -> ImageTask:
     """The task, which stands at the key ``where``, as one of images.
@@ -137,9 +141,6 @@ class LabelledImages(ImageTask):
         noisy = torch.rand(count, generator=stream) < self.label_noise
         other = torch.randint(len(self.names), (count,), generator=stream)
         return [self.names[label] for label in torch.where(noisy, other, labels[rows]).tolist()], images[rows]
-
-    def check(self, problem: Problem, completion: Any) -> Verdict:
-        return self.check_all([problem], [completion])[0]
 
     @torch.no_grad()
     def check_all(self, problems: Sequence[Problem], samples: Sequence[Any]) -> list[Verdict]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, ClassVar
 
 from unveil.registry import UserError
 from unveil.rewards.arithmetic import last_answer
 from unveil.rewards.mathematics import equal_answers, require, same_text
-from unveil.tasks.base import Problem, Split, Task, Verdict
-from unveil.tasks.files import choose_rows, read_hub, read_json_lines
+from unveil.tasks.base import Problem, Split, Verdict
+from unveil.tasks.two_files import TwoFiles
 
 _PROMPT = r"""Work out the answer to the question below, one step after the other, in this form:
 <reasoning>
@@ -27,18 +26,9 @@ _SOFT = re.compile(r"<reasoning>.*?</reasoning>\s*<answer>.*?</answer>", re.DOTA
 
 
 @dataclass(kw_only=True)
-class _Maths(Task):
-    keys: ClassVar[tuple[str, str]]
+class _Maths(TwoFiles):
     label: ClassVar[str]
     """Begins the problems' ids."""
-    hub_path: ClassVar[str]
-    hub_config: ClassVar[str | None] = None
-
-    train_file: str | None = None
-    """JSON lines to train on; without it the hub's data set (package ``datasets``)."""
-
-    test_file: str | None = None
-    """JSON lines to test on; without it the hub's data set. Its questions are kept out of train."""
 
     prompt_template: str = _PROMPT
     """The prompt; {question} is replaced."""
@@ -57,9 +47,7 @@ class _Maths(Task):
 
     def problems(self, split: Split, count: int, seed: int) -> list[Problem]:
         require()
-        rows = self._train if split == "train" else self._test
-        path = (self.train_file if split == "train" else self.test_file) or self.hub_path
-        return choose_rows(rows, split, count, seed, path)
+        return super().problems(split, count, seed)
 
     def check(self, problem: Problem, completion: str) -> Verdict:
         r"""The last ``\boxed{}`` or ``<answer>`` is the answer, compared by value. Without either, only a text that is
@@ -87,16 +75,14 @@ class _Maths(Task):
             truth = int(truth)
         return None if truth is None else Problem(id=question, prompt=question, answer={"answer": str(truth)})
 
-    def _read(self, path: str | None, split: Split) -> list[Problem]:
+    def made(self, rows: list[tuple[int, dict[str, Any]]], path: str, split: Split) -> list[Problem]:
         found: dict[str, Problem] = {}
-        name = path or self.hub_path
-        hub = (self.hub_path, self.hub_config, split, self.keys)
-        for line, row in read_hub(*hub) if path is None else read_json_lines(path, self.keys):
+        for line, row in rows:
             question = row[self.keys[0]].strip()
             try:
                 gold = self.gold(row)
             except ValueError as error:
-                raise UserError(f"{name}:{line}: {error}") from error
+                raise UserError(f"{path}:{line}: {error}") from error
             solution = f"<reasoning>\n{self.worked(row)}\n</reasoning>\n<answer>\n\\boxed{{{gold}}}\n</answer>"
             problem = Problem(
                 id=f"{self.label}-{split}-{line}",
@@ -106,16 +92,6 @@ class _Maths(Task):
             )
             found.setdefault(question, problem)
         return list(found.values())
-
-    @cached_property
-    def _test(self) -> list[Problem]:
-        return self._read(self.test_file, "test")
-
-    @cached_property
-    def _train(self) -> list[Problem]:
-        rows = self._read(self.train_file, "train")
-        held_out = {problem.prompt for problem in self._test} if self.test_file is not None else set()
-        return [problem for problem in rows if problem.prompt not in held_out]
 
 
 @dataclass(kw_only=True)

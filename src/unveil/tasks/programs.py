@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from unveil.registry import UserError
 from unveil.rewards.sandbox import Limits, run_python
-from unveil.tasks.base import Problem, Split, Task, Verdict
-from unveil.tasks.files import choose_rows, read_hub, read_json_lines
+from unveil.tasks.base import Problem, Split, Verdict
+from unveil.tasks.two_files import TwoFiles
 
 _FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 
@@ -25,27 +24,13 @@ def program_of(completion: str) -> str:
 
 
 @dataclass(kw_only=True)
-class _Programs(Task):
-    keys: ClassVar[tuple[str, ...]]
-    hub_path: ClassVar[str]
-
-    train_file: str | None = None
-    """JSON lines (also .gz) to train on."""
-
-    test_file: str | None = None
-    """JSON lines (also .gz) to test on; without it the hub's data set (package ``datasets``)."""
-
+class _Programs(TwoFiles):
     seconds: Annotated[float, Field(gt=0, le=600)] = 10.0
     """Wall time that one program may take."""
 
     def problem(self, row: dict[str, Any], name: str) -> Problem:
         """The problem of one row."""
         raise NotImplementedError
-
-    def problems(self, split: Split, count: int, seed: int) -> list[Problem]:
-        path = self.train_file if split == "train" else self.test_file
-        rows = self._train if split == "train" else self._test
-        return choose_rows(rows, split, count, seed, path or self.hub_path)
 
     def check(self, problem: Problem, completion: str) -> Verdict:
         """Right where the program and its tests run to their end in the sandbox."""
@@ -62,20 +47,9 @@ class _Programs(Task):
             metrics={"timed_out": float(result.timed_out), "seconds": result.seconds},
         )
 
-    def _read(self, path: str | None, split: Split) -> list[Problem]:
-        rows = read_hub(self.hub_path, None, split, self.keys) if path is None else read_json_lines(path, self.keys)
+    def made(self, rows: list[tuple[int, dict[str, Any]]], path: str, split: Split) -> list[Problem]:
         name = type(self).__name__.lower()
         return [self.problem(row, f"{name}-{split}-{line}") for line, row in rows]
-
-    @cached_property
-    def _test(self) -> list[Problem]:
-        return self._read(self.test_file, "test")
-
-    @cached_property
-    def _train(self) -> list[Problem]:
-        rows = self._read(self.train_file, "train")
-        held_out = {problem.prompt for problem in self._test} if self.test_file is not None else set()
-        return [problem for problem in rows if problem.prompt not in held_out]
 
 
 @dataclass(kw_only=True)

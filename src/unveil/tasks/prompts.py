@@ -40,9 +40,6 @@ class _Judged(ImageTask):
         if self.judge is not None:
             self.judge.check_medium("image", f"{self.name}.judge")
 
-    def check(self, problem: Problem, completion: Any) -> Verdict:
-        return self.check_all([problem], [completion])[0]
-
     def check_all(self, problems: Sequence[Problem], samples: Sequence[Any]) -> list[Verdict]:
         """What the judge cannot score is not correct, and its metric ``judged`` is 0."""
         if self.judge is None or not samples:

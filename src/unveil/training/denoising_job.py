@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
@@ -23,11 +22,11 @@ from unveil.samplers.canvas import Canvas
 from unveil.samplers.text import response_ids
 from unveil.seeds import derive_seed, generator
 from unveil.tasks.base import Task
-from unveil.tasks.evaluate import evaluate
+from unveil.tasks.evaluate import Evaluation
 from unveil.tasks.files import read_json_lines
 from unveil.training.log import RunLog
-from unveil.training.rollouts import sample_together
-from unveil.training.trainer import Optimise, Trainer
+from unveil.training.rollouts import evaluate_each
+from unveil.training.trainer import Job, Optimise, Trainer
 
 Example = tuple[str, str | list[int]]
 """A prompt and its response, as text or (cut from packed text) as tokens."""
@@ -80,6 +79,12 @@ class DenoisingConfig:
     matching: MatchingConfig = field(default_factory=MatchingConfig)
     """The loss of a model of images."""
 
+    def shares(self, count: int, stream: torch.Generator) -> list[int]:
+        """How many of ``count`` examples come from each task, drawn by weight."""
+        weights = torch.tensor([mixed.weight for mixed in self.tasks])
+        drawn = torch.multinomial(weights, count, replacement=True, generator=stream)
+        return drawn.bincount(minlength=len(weights)).tolist()
+
 
 @dataclass(kw_only=True)
 class DenoisingEval:
@@ -99,7 +104,7 @@ class DenoisingEval:
     """Named ways to decode; none: only the loss is logged."""
 
 
-class DenoisingJob:
+class DenoisingJob(Job):
     """Mean over a batch of ELBO weight * cross-entropy of masked response tokens; prompts are never masked."""
 
     def __init__(
@@ -169,25 +174,14 @@ class DenoisingJob:
                 self.log.metrics("held_out", update, {"loss": loss, "examples": len(self.unseen)})
         if not self.held_out or self.task is None:
             return
-        for name, sampler in self.evaluation.decoders.items():
-            with self.trainer.evaluated():
-                result = evaluate(
-                    self.denoiser,
-                    self.task,
-                    self.held_out,
-                    sampler,
-                    response_length=self.data.response_length,
-                    seed=self.seed,
-                    sample=partial(sample_together, self.trainer),
-                )
-            if self.trainer.ranks.main:
-                self.log.metrics("eval", update, {"decoder": name, **result.summary()})
 
-    def state_dict(self) -> dict[str, Any]:
-        return {}
+        def tell(name: str, sampler: Sampler, found: Evaluation) -> None:
+            self.log.metrics("eval", update, {"decoder": name, **found.summary()})
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
+        evaluate_each(
+            self.evaluation.decoders, self.trainer, self.task, self.held_out, tell,
+            response_length=self.data.response_length, seed=self.seed,
+        )  # fmt: skip
 
     def _corrupted(self, pairs: Sequence[Example], *parts: object) -> tuple[Canvas, Corrupted]:
         """Canvases of some examples, and their masks under the seed that the parts give."""
@@ -285,12 +279,9 @@ class DenoisingJob:
             stream = torch.Generator().manual_seed(seed)
             index = torch.randint(len(self.examples), (count,), generator=stream).tolist()
             return [self.examples[place] for place in index]
-        weights = torch.tensor([mixed.weight for mixed in self.data.tasks])
-        drawn = torch.multinomial(weights, count, replacement=True, generator=torch.Generator().manual_seed(seed))
         pairs: list[Example] = []
-        for place, mixed in enumerate(self.data.tasks):
-            share = int((drawn == place).sum())
-            for problem in mixed.task.problems("train", share, seed) if share else []:
+        for place, share in enumerate(self.data.shares(count, torch.Generator().manual_seed(seed))):
+            for problem in self.data.tasks[place].task.problems("train", share, seed) if share else []:
                 if problem.solution is None:
                     raise UserError(f"data.tasks.{place}: its problems have no solutions to learn from")
                 pairs.append((problem.prompt, problem.solution))

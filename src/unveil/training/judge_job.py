@@ -18,7 +18,7 @@ from unveil.tasks.base import Split, Task
 from unveil.tasks.evaluate import wilson
 from unveil.tasks.images import image_task
 from unveil.training.log import RunLog
-from unveil.training.trainer import Optimise, Trainer
+from unveil.training.trainer import Job, Optimise, Trainer
 
 
 @dataclass(kw_only=True)
@@ -58,7 +58,7 @@ class Pupil(Denoiser):
         self.network.save(Path(folder) / "judge.safetensors")
 
 
-class JudgeJob:
+class JudgeJob(Job):
     """Cross-entropy of the class, or CTC of the text."""
 
     def __init__(self, trainer: Trainer, data: JudgeData, evaluation: JudgeEval, log: RunLog, *, seed: int) -> None:
@@ -94,12 +94,6 @@ class JudgeJob:
         if self.trainer.ranks.main:
             values = {"accuracy": accuracy, "low": low, "high": high, "problems": len(right)}
             self.log.metrics("eval", update, {"decoder": "other half", **values})
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
 
     def _right(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self.network.right(images.to(self.trainer.ranks.device), prompts)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,14 +12,15 @@ from torch import Tensor
 from unveil.denoisers.continuous import ContinuousDenoiser
 from unveil.learning.matching import matching_errors, stratified
 from unveil.registry import UserError
+from unveil.samplers.base import Sampler
 from unveil.seeds import derive_seed, generator
 from unveil.tasks.base import Split
-from unveil.tasks.evaluate import evaluate
+from unveil.tasks.evaluate import Evaluation
 from unveil.tasks.images import image_task
 from unveil.training.denoising_job import DenoisingConfig, DenoisingEval
 from unveil.training.log import RunLog
-from unveil.training.rollouts import sample_together
-from unveil.training.trainer import Optimise, Trainer
+from unveil.training.rollouts import evaluate_each
+from unveil.training.trainer import Job, Optimise, Trainer
 
 _BATCH = 256
 """Held-out examples per network call."""
@@ -43,7 +43,7 @@ class Lesson:
         )  # fmt: skip
 
 
-class MatchingJob:
+class MatchingJob(Job):
     """Mean over a batch of the squared error of the prediction at stratified random times."""
 
     def __init__(
@@ -86,29 +86,22 @@ class MatchingJob:
             loss = sum(float(self._loss(lesson.rows(part), len(lesson.prompts))()) for part in parts)
         if self.trainer.ranks.main:
             self.log.metrics("eval", update, {"loss": loss})
-        for name, sampler in self.evaluation.decoders.items():
-            with self.trainer.evaluated():
-                own = partial(sample_together, self.trainer)
-                result = evaluate(self.denoiser, self.task, self.held_out, sampler, seed=self.seed, sample=own)
-            if self.trainer.ranks.main:
-                self.log.metrics("eval", update, {"decoder": name, **result.summary()})
 
-    def state_dict(self) -> dict[str, Any]:
-        return {}
+        def tell(name: str, sampler: Sampler, found: Evaluation) -> None:
+            self.log.metrics("eval", update, {"decoder": name, **found.summary()})
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
+        evaluate_each(self.evaluation.decoders, self.trainer, self.task, self.held_out, tell, seed=self.seed)
 
     def _lesson(self, split: Split, count: int, *name: object) -> Lesson:
         """Examples and their noise, the same on all ranks."""
         stream = generator(self.seed, "lesson", *name)
         prompts: list[str] = []
         images: list[Tensor] = []
-        weights = torch.tensor([mixed.weight for mixed in self.data.tasks])
-        drawn = torch.multinomial(weights, count, replacement=True, generator=stream)
-        for place, task in enumerate(self.sources):
-            if share := int((drawn == place).sum()):
-                said, seen = task.examples(split, share, derive_seed(self.seed, "examples", *name, place))
+        for place, share in enumerate(self.data.shares(count, stream)):
+            if share:
+                said, seen = self.sources[place].examples(
+                    split, share, derive_seed(self.seed, "examples", *name, place)
+                )
                 prompts += said
                 images.append(seen)
         matching = self.data.matching

@@ -121,6 +121,11 @@ class PolicyConfig:
     def __post_init__(self) -> None:
         advantage, likelihood = self.advantage, self.likelihood
         self.reward.check_medium(self.task.medium, "reward")
+        if advantage.features is not None and advantage.features.medium != self.task.medium:
+            raise UserError(
+                f"advantage: {advantage.name!r} compares {advantage.features.medium}s, and the task's samples are "
+                f"{self.task.medium}s"
+            )
         if advantage.reads_parts and not isinstance(self.reward, Sum):
             raise UserError(
                 f"advantage: {advantage.name!r} mixes the parts of a sum of rewards, and the reward is "

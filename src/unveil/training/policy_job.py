@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from unveil.samplers.masked import MaskedSampler
 from unveil.samplers.trajectory import check_needs
 from unveil.seeds import derive_seed, generator
 from unveil.tasks.base import Problem
-from unveil.tasks.evaluate import chain_copies, evaluate, judge, sample_problems
+from unveil.tasks.evaluate import Evaluation, chain_copies, judge, sample_problems
 from unveil.tasks.medium import medium_of
 from unveil.training.gradient_steps import GradientSteps
 from unveil.training.log import RunLog
@@ -31,15 +30,15 @@ from unveil.training.outcome import Outcome, mean_over_ranks
 from unveil.training.policy_config import PolicyConfig, PolicyEval, ProblemFilter
 from unveil.training.records import sample_records, trajectory_records
 from unveil.training.rewarding import Rewarded, RewardsLost, bundle_means, reward_chains
-from unveil.training.rollouts import Rollouts, portions, sample_together
-from unveil.training.trainer import Optimise, Trainer
+from unveil.training.rollouts import Rollouts, evaluate_each, portions, sample_together
+from unveil.training.trainer import Job, Optimise, Trainer
 
 SNAPSHOT_KEYS = {"old": "old", "ema": "ema_decay"}
 LOST_UPDATES = 3
 """Updates in a row without a single score after which a run stops."""
 
 
-class PolicyJob:
+class PolicyJob(Job):
     """One update: rollouts of ``prompts`` groups, then ``inner_updates`` gradient steps."""
 
     def __init__(
@@ -150,25 +149,19 @@ class PolicyJob:
     def evaluate(self, update: int) -> None:
         length = self.policy.rollout.response_length
         shown = self.held_out[: self.evaluation.shown]
-        for name, sampler in self.evaluation.decoders.items():
-            with self.trainer.evaluated():
-                result = evaluate(
-                    self.denoiser,
-                    self.policy.task,
-                    self.held_out,
-                    sampler,
-                    response_length=length,
-                    seed=self.seed,
-                    sample=partial(sample_together, self.trainer),
-                )
-                if not self.trainer.ranks.main:
-                    continue
-                means = bundle_means(self.policy.reward, self.held_out, result.judged)
-                self.log.metrics("eval", update, {"decoder": name, **result.summary(), **means})
-                mark = {"step": update, "decoder": name}
-                self.log.lines("samples.jsonl", sample_records(shown, result, self.medium, mark))
-                records = trajectory_records(self.denoiser, self.policy.task, shown, sampler, length, mark)
-                self.log.lines("trajectories.jsonl", records)
+
+        def tell(name: str, sampler: Sampler, found: Evaluation) -> None:
+            means = bundle_means(self.policy.reward, self.held_out, found.judged)
+            self.log.metrics("eval", update, {"decoder": name, **found.summary(), **means})
+            mark = {"step": update, "decoder": name}
+            self.log.lines("samples.jsonl", sample_records(shown, found, self.medium, mark))
+            records = trajectory_records(self.denoiser, self.policy.task, shown, sampler, length, mark)
+            self.log.lines("trajectories.jsonl", records)
+
+        evaluate_each(
+            self.evaluation.decoders, self.trainer, self.policy.task, self.held_out, tell, response_length=length,
+            seed=self.seed,
+        )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
         pool = [vars(problem) | {"answer": dict(problem.answer)} for problem in self.pool]

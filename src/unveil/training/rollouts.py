@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -14,8 +15,8 @@ from unveil.denoisers.base import Denoiser
 from unveil.registry import Plugin
 from unveil.samplers.base import Sampler
 from unveil.samplers.trajectory import concatenate
-from unveil.tasks.base import Problem
-from unveil.tasks.evaluate import Judged, chain_copies, sample_problems
+from unveil.tasks.base import Problem, Task
+from unveil.tasks.evaluate import Evaluation, Judged, chain_copies, evaluate, sample_problems
 from unveil.training.trainer import Trainer
 
 
@@ -201,6 +202,26 @@ def sample_together(
         copies = chain_copies(problems)[part]
         own = sample_problems(denoiser, problems[part], sampler, copies=copies, **settings)
     return concatenate(ranks.gather(own))
+
+
+def evaluate_each(
+    decoders: Mapping[str, Sampler],
+    trainer: Trainer,
+    task: Task,
+    problems: Sequence[Problem],
+    tell: Callable[[str, Sampler, Evaluation], None],
+    **settings: Any,
+) -> None:
+    """What every decoder reaches on ``problems``, drawn by all ranks; ``tell(name, decoder, found)`` on the first one.
+
+    ``settings`` are those of `evaluate`.
+    """
+    for name, sampler in decoders.items():
+        with trainer.evaluated():
+            together = partial(sample_together, trainer)
+            found = evaluate(trainer.denoiser, task, problems, sampler, sample=together, **settings)
+            if trainer.ranks.main:
+                tell(name, sampler, found)
 
 
 def _widen(value: Tensor, steps: int) -> Tensor:

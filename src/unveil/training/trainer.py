@@ -105,9 +105,11 @@ class Job(Protocol):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beyond weights, optimiser and snapshots."""
-        ...
+        return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        return
 
 
 class Trainer:
