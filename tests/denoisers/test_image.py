@@ -35,9 +35,7 @@ def model(
     alive: bool = True,
 ) -> ImageDenoiser:
     """``alive``: no weight is 0, so that everything that can have an effect has one."""
-    config = ImageModel(
-        shape=SHAPE, prompts=prompts, network=network, process=process or Flow(), prediction=prediction
-    )
+    config = ImageModel(shape=SHAPE, prompts=prompts, network=network, process=process or Flow(), prediction=prediction)
     denoiser = ImageDenoiser(config)
     denoiser.initialise(torch.Generator().manual_seed(0))
     if alive:

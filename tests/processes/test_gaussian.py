@@ -194,10 +194,9 @@ def test_eta_1_is_the_ddpm_posterior(path: VariancePreserving) -> None:
     x, guess = state(path, t, 5)
     now, before = path.alpha(t) ** 2, path.alpha(s) ** 2
     beta = 1 - now / before
-    mean = (
-        (before.sqrt() * beta / (1 - now))[:, None] * guess.x0
-        + ((now / before).sqrt() * (1 - before) / (1 - now))[:, None] * x
-    )
+    mean = (before.sqrt() * beta / (1 - now))[:, None] * guess.x0 + ((now / before).sqrt() * (1 - before) / (1 - now))[
+        :, None
+    ] * x
     step = Ddim(eta=1.0).step(path, guess, x, t, s)
     torch.testing.assert_close(step.mean, mean, atol=1e-9, rtol=1e-9)
     torch.testing.assert_close(step.std**2, beta * (1 - before) / (1 - now), atol=1e-14, rtol=1e-9)

@@ -10,7 +10,7 @@ import pytest
 from image_run import STEPS, UPDATES, write_image_run
 
 from unveil.registry import UserError
-from unveil.report.page import _drift, _page_data, build_page
+from unveil.report.page import _page_data, build_page
 from unveil.report.run_folder import read_run
 
 
@@ -36,28 +36,23 @@ def test_the_page_holds_images_chains_and_what_is_watched(run: Path) -> None:
 
 
 def test_a_reward_that_leads_away_from_the_data_is_named(run: Path, tmp_path: Path) -> None:
-    (sentence,) = data_of(run)["drift"]
-    assert sentence.startswith("With ode, from update 0 to 40, held-out reward rose from 0.461 to 0.949")
-    assert "distance to the nearest real image 1.15 → 1.93 (+68%); diversity 2.07 → 0.902 (-56%)" in sentence
-    assert data_of(write_image_run(tmp_path / "good", gamed=False))["drift"] == []
+    (found,) = data_of(run)["hacking"]
+    start = "The reward may be gamed. With ode, the optimised reward (held-out) rises from 0.461 to 0.949"
+    assert found["sentence"].startswith(start)
+    assert "distance to the nearest real image rises since update 0 (from 1.15 to 1.93)" in found["sentence"]
+    assert found["others"] == ["diversity falls since update 0 (from 2.07 to 0.902)"]
+    assert found["keys"] == ["measure/distance", "measure/diversity"]
+    assert data_of(write_image_run(tmp_path / "good", gamed=False))["hacking"] == []
 
 
-@pytest.mark.parametrize(
-    ("base", "last", "signs"),
-    [
-        ({"reward": 1.0, "measure/distance": 1.0}, {"reward": 2.0, "measure/distance": 1.16}, 1),
-        ({"reward": 1.0, "measure/distance": 1.0}, {"reward": 2.0, "measure/distance": 1.1}, 0),
-        ({"reward": 1.0, "measure/distance": 1.0}, {"reward": 0.5, "measure/distance": 2.0}, 0),
-        ({"reward": 1.0, "measure/diversity": 1.0}, {"reward": 2.0, "measure/diversity": 1.5}, 0),
-        ({"accuracy": 0.5, "measure/diversity": 1.0}, {"accuracy": 0.6, "measure/diversity": 0.6}, 1),
-        ({"reward": -2.0, "measure/frechet": 1.0}, {"reward": -1.0, "measure/frechet": 1.6}, 1),
-        ({"reward": 1.0}, {"reward": 2.0}, 0),
-        ({"reward": 1.0, "measure/distance": None}, {"reward": 2.0, "measure/distance": 3.0}, 0),
-    ],
-)
-def test_signs_of_drift(base: dict[str, Any], last: dict[str, Any], signs: int) -> None:
-    lines = [{"step": 0, "decoder": "a", **base}, {"step": 9, "decoder": "a", **last}]
-    assert len(_drift(lines)) == signs
+def test_parts_of_the_reward_are_told_by_role_and_weight(run: Path) -> None:
+    text = "policy: {reward: {name: sum, parts: {a: {role: audit, weight: -1}, b: {}}}}"
+    (run / "recipe.yaml").write_text(text)
+    expected = {"a": {"role": "audit", "weight": -1.0}, "b": {"role": "optimise", "weight": 1.0}}
+    assert data_of(run)["parts"] == expected
+    for broken in ("policy: [", "policy: {reward: jpeg}", "just a text", "policy: {reward: {parts: [1]}}"):
+        (run / "recipe.yaml").write_text(broken)
+        assert data_of(run)["parts"] == {}
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from unveil.registry import UserError
-from unveil.report.page import POINTS, _bins, _curves, _step_map, _within_budget, build_page, write_page
+from unveil.report.page import POINTS, _bins, _curves, _ends_first, _step_map, _within_budget, build_page, write_page
 
 DATA = '<script type="application/json" id="data">'
 
@@ -62,7 +62,7 @@ def test_summary_compares_the_tuned_model_with_the_base(tmp_path: Path) -> None:
         "With lcr, held-out accuracy goes from 40.0% (base) to 60.0% (tuned): "
         "+20.0 points on 1,512 problems; the intervals do not overlap.",
         "With rcr, held-out accuracy goes from 50.0% (base) to 45.0% (tuned): "
-        "-5.0 points on 1,512 problems; the intervals overlap.",
+        "−5.0 points on 1,512 problems; the intervals overlap.",
     ]
 
 
@@ -239,8 +239,15 @@ def test_budget_prefers_the_ends_and_says_what_is_missing(monkeypatch: pytest.Mo
     lines = [{"step": step, "problem": "a"} for step in range(9)]
     monkeypatch.setattr("unveil.report.page._BUDGET", 3 * len(json.dumps(lines[0])))
     notes: list[str] = []
-    assert [line["step"] for line in _within_budget(lines, "samples", notes)] == [0, 7, 8]
+    assert [line["step"] for line in _within_budget(lines, "samples", notes)] == [0, 4, 8]
     assert notes == ["6 of 9 samples are left out to keep this page small."]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 10, 37])
+def test_every_update_has_a_rank_and_the_ends_come_first(count: int) -> None:
+    order = _ends_first(range(count))
+    assert sorted(order) == list(range(count))
+    assert order[:2] == [count - 1, 0][:count]
 
 
 def test_write_page_replaces_the_old_page_and_leaves_nothing_else(run: Path) -> None:

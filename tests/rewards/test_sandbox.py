@@ -94,8 +94,6 @@ def interpreters() -> tuple[str, str | None]:
     return sys.executable, None
 
 
-
-
 @pytest.fixture
 def public() -> Iterator[Path]:
     """A folder that everybody may write into, with a copy of the module and a victim."""

@@ -226,7 +226,7 @@ def test_the_jobs_gradient_is_that_of_the_written_loss(tmp_path: Path, moved: bo
         found.append({name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None})
         return {}
 
-    policy_job.update(0, optimise)
+    logged = policy_job.update(0, optimise)
     assert set(snapshots.sets) == {"reference", "old"}
     chains = rollouts.trajectory
     advantage = choices.advantage.advantages(rollouts.rewards, chains.active, rollouts.group)[:, 0]
@@ -243,6 +243,11 @@ def test_the_jobs_gradient_is_that_of_the_written_loss(tmp_path: Path, moved: bo
         return error.square().flatten(1).mean(1) / error.abs().flatten(1).mean(1).detach()
 
     plus, minus = branch(beta * new + (1 - beta) * old), branch((1 + beta) * old - beta * new)
+    ahead = (new - old).square().flatten(1).mean(1).detach()
+    assert logged["old_deviation"] == pytest.approx(ahead.mean().item(), rel=2e-3, abs=1e-9)
+    by_step = [ahead[own.steps == step].mean().item() for step in range(5)]
+    assert logged["steps/old_deviation"] == pytest.approx(by_step, rel=2e-3, abs=1e-9)
+    assert (logged["old_deviation"] > 1e-6) == moved
     ((5 / beta * (r * plus + (1 - r) * minus)).mean() + strength * (new - old).square().mean()).backward()
     for name, parameter in net.named_parameters():
         torch.testing.assert_close(found[0][name], parameter.grad, rtol=2e-3, atol=1e-6)

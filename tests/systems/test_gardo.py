@@ -267,7 +267,7 @@ def test_on_diffusion_nft_the_gate_holds_velocities(tmp_path: Path) -> None:
         return metrics, {name: p.grad.clone() for name, p in job.denoiser.named_parameters() if p.grad is not None}
 
     metrics, found = gradient(policy_job)
-    (rollouts, batch), = batches
+    ((rollouts, batch),) = batches
     held = rollouts.gate > 0
     assert 0 < held.sum() < 8
     views = batch.views

@@ -91,9 +91,7 @@ def test_a_model_learns_its_prompts_and_the_resumed_run_is_the_whole_one(tmp_pat
 
 
 def test_the_gradient_does_not_depend_on_the_micro_batch(tmp_path: Path) -> None:
-    models = [
-        fitted(recipe(updates=1, optim={"microbatch": size}), tmp_path / str(size)) for size in (64, 24)
-    ]
+    models = [fitted(recipe(updates=1, optim={"microbatch": size}), tmp_path / str(size)) for size in (64, 24)]
     for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(one, other, atol=2e-5, rtol=0)
 

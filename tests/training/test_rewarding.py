@@ -16,14 +16,15 @@ from unveil.cli.recipes import find_recipe
 from unveil.learning.advantages import GroupAdvantage, Mixed, terminal
 from unveil.recipe import build, load, to_yaml
 from unveil.registry import UserError
-from unveil.rewards.base import Correct, Metadata, Part, Reward, Shaped, Sum
+from unveil.rewards.base import Answer, Correct, Metadata, Part, Reward, Shaped, Sum
 from unveil.rewards.images import JpegSize
 from unveil.rewards.trl import Trl
 from unveil.systems.unmasking_policies import Speed
+from unveil.tasks.evaluate import evaluate
 from unveil.tasks.medium import Text
 from unveil.training.outcome import Outcome
 from unveil.training.policy_job import PolicyJob
-from unveil.training.rewarding import RewardsLost, reward_chains
+from unveil.training.rewarding import RewardsLost, held_out_rewards, reward_chains
 from unveil.training.rollouts import Rollouts, portions
 from unveil.training.runs import TrainRecipe, train
 
@@ -51,6 +52,9 @@ class Down(Reward, name="tiny_down"):
 
     up: list[int] = field(default_factory=list)
     calls: int = field(init=False, default=-1)
+
+    def ask(self, *asked: Any, evaluating: bool = False) -> Answer:
+        return Answer(total=[], parts={}) if evaluating else super().ask(*asked)
 
     def scores(self, completions: list[str], prompts: list[str], metadata: list[Metadata]) -> list[Any]:
         self.calls += 1
@@ -242,6 +246,26 @@ def test_evaluations_ask_a_bundle_about_everything(tmp_path: Path) -> None:
     for line in evals:
         assert line["reward/right"] == line["accuracy"] and line["reward/late"] == pytest.approx(line["score"])
         assert line["reward/watched"] == line["reward/late"] and line["reward"] is not None
+        share, count = line["accuracy"], line["problems"]
+        assert line["reward_error/right"] == pytest.approx((share * (1 - share) / (count - 1)) ** 0.5)
+        assert line["reward_error"] >= 0 and "reward_error/late" in line
+
+
+@pytest.mark.parametrize(("reward", "asked"), [(Words(other="d"), True), (Correct(), False), (Shaped(), False)])
+def test_evaluations_ask_any_reward_that_is_not_the_tasks_own_verdict(
+    tmp_path: Path, reward: Reward, asked: bool
+) -> None:
+    job = tiny.job(tmp_path, tiny.policy("diffu_grpo", reward=reward))
+    problems = job.held_out
+    judged = evaluate(job.denoiser, job.policy.task, problems, job.policy.rollout.sampler, response_length=4).judged
+    found = held_out_rewards(reward, problems, judged)
+    if not asked:
+        assert found == {}
+        return
+    scores = reward.scores(list(judged.samples), [], [{"id": problem.id} for problem in problems])
+    numbers = torch.tensor([one for one in scores if one is not None], dtype=torch.float64)
+    expected = {"reward": numbers.mean().item(), "reward_error": (numbers.std() / len(numbers) ** 0.5).item()}
+    assert found == pytest.approx(expected)
 
 
 # ---- beside the next rollout

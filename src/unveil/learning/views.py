@@ -150,6 +150,11 @@ class Likelihood(Plugin, family="likelihood"):
         """The scores, where they depend on what the policy that drew the chains says of the same views."""
         return scores
 
+    def measures(self, scores: Scores, old: Scores, views: Any, spec: Any) -> dict[str, Tensor]:
+        """Numbers (N,) of the views that tell how far the network is from the policy that drew the chains, for the log;
+        of what was scored anyway, ``old`` holding the fields `reads_old`."""
+        return {}
+
 
 class TokenFilter(Plugin, family="token_filter"):
     """Chooses among the items of an update by how uncertain the policy that drew them was."""

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from unveil.registry import UserError
+from unveil.report.hacking import LIMITS, reward_parts, signs
 from unveil.report.run_folder import Line, RunFolder, read_run
 
 POINTS = 2_000
@@ -31,12 +32,6 @@ _COLUMNS = 160
 """Most columns of the map of guess accuracy."""
 _BUDGET = 32_000_000
 """Most characters of samples, and of trajectories, that a page carries."""
-_AWAY = {
-    "measure/distance": ("distance to the nearest real image", 0.15),
-    "measure/frechet": ("Frechet distance", 0.5),
-    "measure/diversity": ("diversity", -0.3),
-}
-"""Held-out measures, and the relative change from which on they speak of samples that leave the data."""
 _ASSETS = ("template.html", "style.css", "charts.js", "images.js", "app.js", "uPlot.iife.min.js", "uPlot.min.css")
 
 
@@ -71,7 +66,7 @@ def write_page(run: Path) -> Path:
 
 def _page_data(name: str, folder: RunFolder) -> Line:
     """The object that the scripts of the page read."""
-    notes = list(folder.notes)
+    notes, parts = list(folder.notes), reward_parts(folder.recipe)
     return {
         "run": {**folder.info, "name": name},
         "recipe": folder.recipe,
@@ -81,7 +76,9 @@ def _page_data(name: str, folder: RunFolder) -> Line:
         "groups": _flat_groups(folder.train),
         "guesses": _step_map(folder.train, "guess_accuracy"),
         "steps": _step_maps(folder.train),
-        "drift": _drift(folder.evals),
+        "hacking": signs(folder.evals, folder.train, parts),
+        "limits": LIMITS,
+        "parts": parts,
         "table": folder.table,
         "samples": _within_budget(folder.samples, "samples", notes),
         "trajectories": _within_budget(folder.trajectories, "trajectories", notes),
@@ -180,38 +177,9 @@ def _step_map(lines: Sequence[Line], key: str) -> Line | None:
     }
 
 
-def _drift(lines: Sequence[Line]) -> list[str]:
-    """A sentence per decoder whose optimised reward rose while held-out measures turned away from the data."""
-    sentences = []
-    for decoder in dict.fromkeys(_decoder(line) for line in lines):
-        own = [line for line in lines if _decoder(line) == decoder]
-        base, last = own[0], own[-1]
-        gains = [key for key in ("reward", "accuracy", "score") if _rise(base, last, key) > 0]
-        signs = []
-        for key, (name, worst) in _AWAY.items():
-            change = _rise(base, last, key)
-            if change * worst >= worst * worst:
-                signs.append(f"{name} {base[key]:.3g} → {last[key]:.3g} ({change:+.0%})")
-        if gains and signs:
-            first = gains[0]
-            sentences.append(
-                f"With {decoder}, from update {base['step']} to {last['step']}, held-out {first} rose from "
-                f"{base[first]:.3g} to {last[first]:.3g}, but samples moved away from the data: {'; '.join(signs)}. "
-                "The reward may be gamed."
-            )
-    return sentences
-
-
-def _rise(base: Line, last: Line, key: str) -> float:
-    """Relative change of a measure; 0 where it is not known or was 0."""
-    before, after = _number(base.get(key)), _number(last.get(key))
-    return 0.0 if not before or after is None else (after - before) / abs(before)
-
-
 def _within_budget(lines: list[Line], what: str, notes: list[str]) -> list[Line]:
-    """As many lines as a page can carry, those of the last and the first update before all others."""
-    steps = sorted({line["step"] for line in lines}, reverse=True)
-    rank = {step: place for place, step in enumerate([*steps[:1], *steps[-1:], *steps[1:-1]])}
+    """As many lines as a page can carry: those of the last and the first update, then of updates evenly between."""
+    rank = {step: place for place, step in enumerate(_ends_first(sorted({line["step"] for line in lines})))}
     kept, spent = [], 0
     for line in sorted(lines, key=lambda line: rank[line["step"]]):
         spent += len(json.dumps(line))
@@ -221,6 +189,17 @@ def _within_budget(lines: list[Line], what: str, notes: list[str]) -> list[Line]
     if len(kept) < len(lines):
         notes.append(f"{len(lines) - len(kept)} of {len(lines)} {what} are left out to keep this page small.")
     return sorted(kept, key=lambda line: line["step"])
+
+
+def _ends_first(values: Sequence[int]) -> list[int]:
+    """The last, the first, the middle, the middles of both halves, and so on."""
+    order, spans = [*values[-1:], *values[:-1][:1]], [(0, len(values) - 1)]
+    for first, last in spans:  # grows while it is read: breadth first
+        if last - first > 1:
+            middle = (first + last) // 2
+            order.append(values[middle])
+            spans += [(first, middle), (middle, last)]
+    return order
 
 
 def _summary(table: Line | None, evals: Sequence[Line]) -> list[str]:
@@ -249,7 +228,7 @@ def _sentence(decoder: str, base: Line, last: Line) -> str | None:
     if base is last:
         return f"{sentence}is {end:.1%} ({last['name']}){where}."
     sentence += f"goes from {start:.1%} ({base['name']}) to {end:.1%} ({last['name']})"
-    sentence += f": {100 * (end - start):+.1f} points{where}"
+    sentence += f": {100 * (end - start):+.1f} points{where}".replace("-", "−")
     worse, better = (base, last) if start < end else (last, base)
     high, low = _number(worse.get("high")), _number(better.get("low"))
     if high is not None and low is not None:

@@ -92,6 +92,14 @@ class ImplicitLikelihood(CopyLikelihood, name="implicit"):
         losses = torch.stack([self._loss(before + step, views), self._loss(before - step, views)], 1)
         return replace(scores, log_prob=-losses / self.beta)
 
+    def measures(self, scores: Scores, old: Scores, views: BranchViews, spec: ContinuousSpec) -> dict[str, Tensor]:
+        """``old_deviation``: mean over dimensions of (v - v_old)^2, of the velocity eps - x_0 whatever is predicted. It
+        tells what the loss does not: how far ahead of ``old`` the policy is."""
+        assert scores.clean is not None and old.clean is not None
+        step = scores.clean.detach() - old.clean.to(scores.clean.device)
+        factor = spec.process.error_factor("u", views.times).to(step.device)
+        return {"old_deviation": per_sample(step.square()) / step[0].numel() * factor}
+
     def _loss(self, x_0: Tensor, views: BranchViews) -> Tensor:
         """l (N,), float64, of guesses (N, *D)."""
         error = x_0 - views.clean.to(x_0.device)

@@ -53,6 +53,7 @@ class Batch:
         others: per regulariser and micro-batch what its snapshot says.
         diagnostics: what the gradient step measured.
         units: per micro-batch the step, new and old log-probability and advantage of its units, where steps are units.
+        measures: per micro-batch the steps (N,) of its views, and numbers (N,) that the likelihood tells of them.
     """
 
     views: Views
@@ -64,6 +65,7 @@ class Batch:
     others: dict[str, list[Scores]] = field(default_factory=dict)
     diagnostics: Means = field(default_factory=Means)
     units: list[tuple[Tensor, Tensor, Tensor, Tensor]] = field(default_factory=list)
+    measures: list[tuple[Tensor, dict[str, Tensor]]] = field(default_factory=list)
 
 
 class GradientSteps:
@@ -131,8 +133,8 @@ class GradientSteps:
             yield lambda number=number, part=part: self._loss(batch, number, part)  # type: ignore[misc]
 
     def measured(self, batch: Batch) -> dict[str, Any]:
-        """What the last gradient step on a batch measured, over all ranks; where steps are units also step by step, as
-        lists (None at steps that were not trained)."""
+        """What the last gradient step on a batch measured, over all ranks; where steps are units, and what likelihoods
+        tell of their views, also step by step, as lists (None at steps that were not trained)."""
         ranks, objective = self.trainer.ranks, self.policy.objective
         values: dict[str, Any] = batch.diagnostics.means(ranks)
         units = [unit for part in ranks.gather(batch.units) for unit in part]
@@ -144,7 +146,16 @@ class GradientSteps:
                 said = objective.step_diagnostics(*(column[own] for column in rest)) if own.any() else {}
                 for name in names:
                     values.setdefault(f"steps/{name}", []).append(said.get(name))
-        batch.diagnostics, batch.units = Means(), []
+        measures = [measure for part in ranks.gather(batch.measures) for measure in part]
+        if measures:
+            step = torch.cat([steps for steps, _ in measures])
+            for name in measures[0][1]:
+                value = torch.cat([own[name] for _, own in measures])
+                sums, counts = sum_by(value, step, int(step.max()) + 1), step.bincount()
+                values[name] = value.mean().item()
+                means = [own.item() if count else None for own, count in zip(sums / counts, counts, strict=True)]
+                values[f"steps/{name}"] = means
+        batch.diagnostics, batch.units, batch.measures = Means(), [], []
         return values
 
     def parts(self, views: Views) -> list[tuple[int, int]]:
@@ -181,6 +192,8 @@ class GradientSteps:
         before_it = None if batch.old is None else batch.old[number]
         if before_it is not None:
             scores = self.policy.likelihood.against(scores, before_it, views)
+            if said := self.policy.likelihood.measures(scores, before_it, views, self.denoiser.spec):
+                batch.measures.append((views.steps, {name: value.cpu() for name, value in said.items()}))
         device = scores.log_prob.device
         items, factors = views.items.to(device), views.factors.to(device)
         place = items.nonzero(as_tuple=True)

@@ -29,7 +29,7 @@ from unveil.training.log import RunLog
 from unveil.training.outcome import Outcome, mean_over_ranks
 from unveil.training.policy_config import PolicyConfig, PolicyEval, ProblemFilter
 from unveil.training.records import sample_records, trajectory_records
-from unveil.training.rewarding import Rewarded, RewardsLost, bundle_means, reward_chains
+from unveil.training.rewarding import Rewarded, RewardsLost, held_out_rewards, reward_chains
 from unveil.training.rollouts import Rollouts, evaluate_each, portions, sample_together
 from unveil.training.trainer import Job, Optimise, Trainer
 
@@ -151,7 +151,7 @@ class PolicyJob(Job):
         shown = self.held_out[: self.evaluation.shown]
 
         def tell(name: str, sampler: Sampler, found: Evaluation) -> None:
-            means = bundle_means(self.policy.reward, self.held_out, found.judged)
+            means = held_out_rewards(self.policy.reward, self.held_out, found.judged)
             self.log.metrics("eval", update, {"decoder": name, **found.summary(), **means})
             mark = {"step": update, "decoder": name}
             self.log.lines("samples.jsonl", sample_records(shown, found, self.medium, mark))

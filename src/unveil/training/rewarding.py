@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from unveil.rewards.base import Failure, Metadata, Reward, Score, Sum
+from unveil.rewards.base import Correct, Failure, Metadata, Reward, Score, Shaped
 from unveil.samplers.trajectory import Trajectory
 from unveil.tasks.base import Problem
 from unveil.tasks.evaluate import Judged
@@ -95,17 +96,22 @@ def reward_chains(
     )
 
 
-def bundle_means(reward: Reward, problems: Sequence[Problem], judged: Judged) -> dict[str, float]:
-    """What a sum of rewards says of finished held-out samples, ``reward`` and ``reward/NAME``: all of its parts are
-    asked, also those that are only for evaluation. Other rewards are not asked: the task's own numbers say as much."""
-    if not isinstance(reward, Sum):
+def held_out_rewards(reward: Reward, problems: Sequence[Problem], judged: Judged) -> dict[str, float]:
+    """What a reward says of finished held-out samples: the mean ``reward`` and its standard error ``reward_error``.
+
+    Of a sum also ``reward/NAME`` and ``reward_error/NAME`` of all parts, those that are only for evaluation too.
+    Rewards that are the task's own verdict are not asked: it is in the evaluation already.
+    """
+    if isinstance(reward, Correct | Shaped):
         return {}
     pairs = list(zip(problems, judged.verdicts, strict=True))
     metadata = [about(problem, verdict.correct, verdict.score, verdict.metrics) for problem, verdict in pairs]
     prompts = [problem.prompt for problem in problems]
     answer = reward.ask(list(judged.samples), prompts, metadata, evaluating=True)
-    parts = {f"reward/{name}": mean_score(scores) for name, scores in answer.parts.items()}
-    return {"reward": mean_score(answer.total), **parts}
+    means = {"reward": mean_score(answer.total), "reward_error": standard_error(answer.total)}
+    for name, scores in answer.parts.items():
+        means |= {f"reward/{name}": mean_score(scores), f"reward_error/{name}": standard_error(scores)}
+    return means
 
 
 def about(problem: Problem, correct: bool, score: float, metrics: Mapping[str, float]) -> Metadata:
@@ -118,3 +124,9 @@ def mean_score(scores: Sequence[Score]) -> float:
     """Over those that are there; nan if none is."""
     numbers = [one for one in scores if isinstance(one, float)]
     return sum(numbers) / len(numbers) if numbers else float("nan")
+
+
+def standard_error(scores: Sequence[Score]) -> float:
+    """Of `mean_score`; nan where there are fewer than two."""
+    numbers = [one for one in scores if isinstance(one, float)]
+    return statistics.stdev(numbers) / math.sqrt(len(numbers)) if len(numbers) > 1 else float("nan")

@@ -28,12 +28,12 @@ function fillSelect(select, options, chosen) {
 
 const percent = (value, digits = 1) => (value == null ? "–" : `${(100 * value).toFixed(digits)}%`);
 
-function number(value) {
+function number(value, digits = 4) {
   if (typeof value !== "number") return "–";
   const size = Math.abs(value);
   if (size >= 1000) return value.toLocaleString("en-US", { maximumFractionDigits: 0 });
   if (Number.isInteger(value)) return String(value);
-  return size < 1e-3 ? value.toExponential(2) : String(Number(value.toPrecision(4)));
+  return size < 1e-3 ? value.toExponential(2) : String(Number(value.toPrecision(digits)));
 }
 
 const shortScore = (value) => (typeof value === "number" ? String(Number(value.toFixed(2))) : "–");
@@ -58,6 +58,11 @@ function drawHeader() {
     ...(run.started == null ? [] : [make("span", {}, `started ${String(run.started).slice(0, 16).replace("T", " ")}`)]),
   );
   byId("summary").append(...data.summary.map((sentence) => make("p", {}, sentence)));
+  if (data.hacking.length) {
+    const others = data.hacking.slice(1).map(({ decoder }) => decoder);
+    byId("alerts").append(make("p", { class: "warning", role: "status" }, `${data.hacking[0].sentence} `,
+      others.length ? `Likewise with ${others.join(", ")}. ` : "", make("a", { href: "#watched" }, "Look")));
+  }
   const titles = { optimizer_steps: "optimiser steps", forwards: "denoiser forwards", seconds: "time" };
   for (const [key, value] of Object.entries(run.cost ?? {})) {
     const text = key === "seconds" ? duration(value) : number(value);
@@ -229,7 +234,7 @@ function tokenBox(trajectory, index, place) {
 function verdict(trajectory) {
   const { right, final, over } = outcome(trajectory);
   const steps = `${right.length === 1 ? "step" : "steps"} ${ranges(right)}`;
-  if (over) return make("p", { class: "verdict over" }, `Over-denoised: right at ${steps}, wrong at the end.`);
+  if (over) return make("p", { class: "verdict over" }, `${isImages ? "Lost on the way" : "Over-denoised"}: right at ${steps}, wrong at the end.`);
   if (final == null) return make("p", { class: "verdict" }, "Not judged.");
   if (!final) return make("p", { class: "verdict" }, "Wrong at every step.");
   return make("p", { class: "verdict" }, `Right at the end${right.length ? `, first at step ${right[0]}` : ""}.`);
@@ -355,7 +360,7 @@ function drawTrajectories() {
   view.problem = problems.reduce((best, problem) => (telling(problem) > telling(best) ? problem : best));
   const title = (problem) => {
     const over = all.some((one) => one.problem === problem && outcome(one).over);
-    return `${String(all.find((one) => one.problem === problem).prompt ?? problem).slice(0, 70)}${over ? "  (over-denoised at some update)" : ""}`;
+    return `${String(all.find((one) => one.problem === problem).prompt ?? problem).slice(0, 70)}${over ? `  (${isImages ? "lost on the way" : "over-denoised"} at some update)` : ""}`;
   };
   fillSelect(byId("problem"), problems.map((problem) => [problem, title(problem)]), view.problem);
   byId("problem").addEventListener("change", (event) => {
