@@ -133,11 +133,16 @@ def known(family: type[Plugin]) -> list[Any]:
 def families() -> list[type[Plugin]]:
     """All families of plug-ins."""
     names(Task)  # imports all floors
-    return sorted((one for one in _below(Plugin) if "known" in vars(one)), key=lambda one: one.family)
+    return sorted([one for one in _below(Plugin) if "known" in vars(one)], key=_called)
+
+
+def _called(kind: type[Plugin]) -> str:
+    return kind.family
 
 
 def _below(cls: type) -> Iterator[Any]:
-    for one in cls.__subclasses__():
+    subclasses: list[Any] = cls.__subclasses__()
+    for one in subclasses:
         yield one
         yield from _below(one)
 
