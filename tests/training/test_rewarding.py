@@ -256,8 +256,10 @@ def test_evaluations_ask_any_reward_that_is_not_the_tasks_own_verdict(
     tmp_path: Path, reward: Reward, asked: bool
 ) -> None:
     job = tiny.job(tmp_path, tiny.policy("diffu_grpo", reward=reward))
-    problems = job.held_out
-    judged = evaluate(job.denoiser, job.policy.task, problems, job.policy.rollout.sampler, response_length=4).judged
+    problems, rollout = job.held_out, job.policy.rollout
+    judged = evaluate(
+        job.denoiser, job.policy.task, problems, rollout.sampler, response_length=rollout.response_length
+    ).judged
     found = held_out_rewards(reward, problems, judged)
     if not asked:
         assert found == {}

@@ -82,6 +82,7 @@ function drawImageGrid() {
       return make("td", {}, enlarging(picture(sample.image, text, { class: sample.correct ? "yes" : "no" }), text));
     };
     const problems = unique(own.map((sample) => sample.problem));
+    table.classList.toggle("long", own.some((sample) => String(sample.prompt ?? "").length > 12));
     const prompt = (problem) => String(own.find((sample) => sample.problem === problem).prompt ?? problem);
     table.replaceChildren(
       make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "prompt"),
@@ -95,7 +96,8 @@ function drawImageGrid() {
 /** What is optimised against what is not: both in one chart, and one chart for each number that is watched. */
 function drawWatched() {
   const keys = unique(Object.values(data.evals).flatMap(Object.keys)).filter((key) => key === "latent_scale" || /^(measure|reward)\//.test(key));
-  const known = data.train.reward || Object.values(data.evals).some((curve) => curve.reward);
+  // A reward that is the task's own verdict has no held-out numbers of its own: accuracy, above, says it all.
+  const known = Object.values(data.evals).some((curve) => curve.reward) || (data.train.reward && (keys.length || data.hacking.length));
   byId("watched").hidden = byId("watched-link").hidden = !keys.length && !known;
   byId("limits").textContent = Object.entries(data.limits).map(([key, limit]) => `${key.replace("measure/", "")} ${limit > 0 ? "up" : "down"} by ${percent(Math.abs(limit), 0)}`).join(", ");
   for (const { sentence, others } of data.hacking)
