@@ -131,9 +131,10 @@ def known(family: type[Plugin]) -> list[Any]:
 
 
 def families() -> list[type[Plugin]]:
-    """All families of plug-ins."""
+    """All families of plug-ins that belong to the library."""
     names(Task)  # imports all floors
-    return sorted([one for one in _below(Plugin) if "known" in vars(one)], key=_called)
+    own = [one for one in _below(Plugin) if "known" in vars(one) and one.__module__.startswith("unveil.")]
+    return sorted(own, key=_called)
 
 
 def _called(kind: type[Plugin]) -> str:
