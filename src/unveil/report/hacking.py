@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import yaml
 
-from unveil.report.run_folder import Line
+from unveil.report.run_folder import Line, by_decoder
 
 LIMITS = {"measure/distance": 0.15, "measure/frechet": 0.5, "measure/diversity": -0.3}
 """The part of its best value by which a measure of the whole set has to turn."""
@@ -79,8 +79,7 @@ def signs(evals: Sequence[Line], train: Sequence[Line], parts: Mapping[str, Line
     these before measures); ``keys`` of all that turned; ``sentence`` about the first, ``others`` about the rest.
     """
     found = []
-    for decoder in dict.fromkeys(str(line.get("decoder", "default")) for line in evals):
-        own = [line for line in evals if str(line.get("decoder", "default")) == decoder]
+    for decoder, own in by_decoder(evals).items():
         optimised = _optimised(own, train)
         if optimised is None or len(own) < 2:
             continue

@@ -22,7 +22,7 @@ from typing import Any
 
 from unveil.registry import UserError
 from unveil.report.hacking import LIMITS, reward_parts, signs
-from unveil.report.run_folder import Line, RunFolder, read_run
+from unveil.report.run_folder import Line, RunFolder, by_decoder, read_run
 
 POINTS = 2_000
 """Most points that a curve on the page has."""
@@ -127,16 +127,11 @@ def _curves(lines: Sequence[Line]) -> dict[str, Line]:
     return curves
 
 
-def _decoder(line: Line) -> str:
-    return str(line.get("decoder", "default"))
-
-
 def _eval_curves(lines: Sequence[Line]) -> dict[str, dict[str, list[float | None]]]:
     """Per decoder: ``x`` (updates) and a list as long as it for every numeric key."""
     curves: dict[str, dict[str, list[float | None]]] = {}
-    for decoder in dict.fromkeys(_decoder(line) for line in lines):
-        own = [line for line in lines if _decoder(line) == decoder]
-        own = [own[part[-1]] for part in _bins(len(own), POINTS)]
+    for decoder, found in by_decoder(lines).items():
+        own = [found[part[-1]] for part in _bins(len(found), POINTS)]
         curves[decoder] = {key: [_number(line.get(key)) for line in own] for key in _numeric_keys(own)}
         curves[decoder]["x"] = [line["step"] for line in own]
     return curves
@@ -213,8 +208,8 @@ def _summary(table: Line | None, evals: Sequence[Line]) -> list[str]:
                 entry |= {key: table[key][row][column] for key in keys}
                 found.setdefault(str(decoder), []).append(entry)
     else:
-        for line in evals:
-            found.setdefault(_decoder(line), []).append({**line, "name": f"update {line['step']}"})
+        for decoder, own in by_decoder(evals).items():
+            found[decoder] = [{**line, "name": f"update {line['step']}"} for line in own]
     sentences = [_sentence(decoder, entries[0], entries[-1]) for decoder, entries in found.items()]
     return [sentence for sentence in sentences if sentence] or ["No held-out evaluation yet."]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,14 @@ def read_run(run: Path) -> RunFolder:
         trajectories=_latest(trajectories, "problem", "decoder", "step"),
         notes=notes,
     )
+
+
+def by_decoder(evals: Sequence[Line]) -> dict[str, list[Line]]:
+    """The lines of evaluations, of every decoder by itself."""
+    found: dict[str, list[Line]] = {}
+    for line in evals:
+        found.setdefault(str(line.get("decoder", "default")), []).append(line)
+    return found
 
 
 def _read_json(path: Path) -> Line:
