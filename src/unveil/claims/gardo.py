@@ -36,9 +36,11 @@ from unveil.claims.laboratory import (
     COSTS,
     Measured,
     Report,
+    all_runs,
     cost_cells,
     markdown_table,
     mean,
+    on_seeds,
     spread,
     total_cost,
     train_policy,
@@ -108,16 +110,14 @@ def reproduce(seeds: int, quick: bool, out: Path, report: Report) -> Measured:
             best = tune(every, _policy, out, {"GARDO": GATED}, updates, lambda run: -run["true"])["GARDO"]
         # The baseline has the best of its strengths on the reported seeds themselves.
         strengths = FIXED[1:2] if quick else FIXED
-        fixed = [(out, seed, "fixed KL", beta, updates) for seed in range(seeds) for beta in strengths]
-        others = [(out, seed, m, best, updates) for seed in range(seeds) for m in METHODS if m != "fixed KL"]
-        found = every(_policy, [*fixed, *others])
-        unhacked = [(out, seed, m, 0.0, updates) for seed in range(seeds) for m in ("equal", "equal novel")]
-        equal = every(_policy, unhacked)
-    by_strength = {b: [r for j, r in zip(fixed, found, strict=False) if j[3] == b] for b in strengths}
+        fixed = [on_seeds(every, _policy, out, seeds, {"fixed KL": beta}, updates) for beta in strengths]
+        others = dict.fromkeys((m for m in METHODS if m != "fixed KL"), best)
+        trained = on_seeds(every, _policy, out, seeds, others, updates)
+        diverse = on_seeds(every, _policy, out, seeds, {"equal": 0.0, "equal novel": 0.0}, updates)
+    by_strength = {beta: runs["fixed KL"] for beta, runs in zip(strengths, fixed, strict=True)}
+    runs = [run for found in (*fixed, trained, diverse) for run in all_runs(found)]
     strength = max(by_strength, key=lambda b: mean(by_strength[b], "true"))
-    by_method = {m: [r for j, r in zip(others, found[len(fixed) :], strict=True) if j[2] == m] for m in METHODS}
-    by_method["fixed KL"] = by_strength[strength]
-    diverse = {"equal": equal[0::2], "equal novel": equal[1::2]}
+    by_method = {m: by_strength[strength] if m == "fixed KL" else trained[m] for m in METHODS}
     checks = [_exact_check(exact), *_hacking_checks(by_method), _gate_check(by_method), _diversity_check(diverse)]
     betas = {m: {"no KL": 0.0, "fixed KL": strength}.get(m, best) for m in METHODS}
     return {
@@ -126,7 +126,7 @@ def reproduce(seeds: int, quick: bool, out: Path, report: Report) -> Measured:
         "strengths": betas,
         "fixed_kl": {str(beta): mean(runs, "true") for beta, runs in by_strength.items()},
         "checks": checks,
-        "cost": total_cost([*found, *equal], time.perf_counter() - started),
+        "cost": total_cost(runs, time.perf_counter() - started),
         "table": _table({**by_method, **diverse}, betas),
     }
 
