@@ -25,7 +25,8 @@ from unveil.rewards.base import Shaped
 from unveil.samplers.latent import LatentSampler
 from unveil.seeds import generator
 from unveil.systems.diffusion_nft import DiffusionNft, ImplicitLikelihood, Optimality, old_schedule
-from unveil.tasks.base import Problem, Split, Task, Verdict
+from unveil.tasks.base import Problem, Split, Verdict
+from unveil.tasks.images import ImageTask
 from unveil.training.distribution import Ranks
 from unveil.training.gradient_steps import Batch
 from unveil.training.log import LogConfig, RunLog
@@ -39,16 +40,11 @@ LR = 1e-4
 
 
 @dataclass(kw_only=True)
-class Brightness(Task):
+class Brightness(ImageTask):
     """As many problems as prompts; a sample's score is its mean brightness."""
-
-    medium = "image"
 
     def problems(self, split: Split, count: int, seed: int) -> list[Problem]:
         return [Problem(id=f"{split}-{n}", prompt=PROMPTS[n % len(PROMPTS)], answer={}) for n in range(count)]
-
-    def check(self, problem: Problem, completion: Any) -> Verdict:
-        return self.check_all([problem], [completion])[0]
 
     def check_all(self, problems: Sequence[Problem], samples: Sequence[Any]) -> list[Verdict]:
         scores = torch.stack(list(samples)).flatten(1).mean(1).tolist()
