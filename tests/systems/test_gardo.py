@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 import tiny_images as tiny
@@ -318,7 +319,6 @@ def test_features() -> None:
 
 
 def test_a_published_vision_network(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
     from unveil.rewards.features import VisionFeatures
 
     config = transformers.Dinov2Config(
