@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from unveil.bench import _updates, image
 from unveil.cli.main import main
@@ -60,6 +61,30 @@ def test_memory_does_not_grow_with_the_steps(result: Any) -> None:
     for case in result["cases"]:
         assert case["memory_ratio"] < 1.05
         assert 0 < case["peak_bytes"] < 1.1 * case["reference_peak_bytes"]
+
+
+class Counted(TorchDispatchMode):
+    """How many operations on tensors there are, but draws of noise."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket not in (torch.ops.aten.normal_, torch.ops.aten.randn)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("method", "most"), [("flow_grpo", 110), ("diffusion_nft", 140)])
+def test_what_a_step_costs_beyond_the_loop_is_few_operations(method: str, most: int) -> None:
+    """Of a step, rollout and training: the coefficients of its times are not computed anew, nor statistics of it."""
+    more = []
+    for steps in (4, 8):
+        sides = METHODS[method](*TINY, steps=steps, group=4, seed=0)
+        sides.ours()
+        for side in (sides.ours, sides.reference):
+            with Counted() as counted:
+                side()
+            more.append(counted.count)
+    assert more[2] - more[0] < more[3] - more[1] + 4 * most
 
 
 def test_a_graph_over_the_whole_chain_would_be_seen() -> None:

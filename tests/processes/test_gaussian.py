@@ -17,6 +17,7 @@ from unveil.processes.gaussian import (
     Prediction,
     VarianceExploding,
     VariancePreserving,
+    remembered,
     translate,
 )
 from unveil.processes.kernels import CoefficientsPreserving, DanceSde, Ddim, FlowSde, Kernel, deterministic
@@ -417,3 +418,42 @@ def test_what_is_refused() -> None:
         FLOW.guess(x, "edm", x, times(0.5))
     with pytest.raises(ValueError, match="deterministic"):
         Ddim().step(FLOW, guess, x, times(0.5), times(0.0)).log_prob(x, "sum")
+
+
+def test_what_is_said_of_times_is_remembered_by_their_values() -> None:
+    asked: list[Tensor] = []
+
+    @remembered
+    def double(factor: int, t: Tensor) -> Tensor:
+        if bool((t < 0).any()):
+            raise ValueError("a time below 0")
+        asked.append(t)
+        return factor * t
+
+    grid = torch.tensor([0.25, 0.5, 0.75])
+    with torch.inference_mode():
+        first = double(2, grid)
+    assert torch.equal(first, torch.tensor([0.5, 1, 1.5], dtype=torch.float64)) and not first.is_inference()
+    # The same numbers: of another dtype, another tensor, laid out in another way.
+    for same in (grid.double(), torch.stack([grid, grid], 1)[:, 0], grid.clone()):
+        assert double(2, same) is first
+    grid[0] = 0.125  # what was asked about has changed since; the answer has not
+    assert first[0] == 0.5 and double(2, grid)[0] == 0.25 and double(3, grid)[0] == 0.375
+    assert len(asked) == 3
+    for _ in range(2):
+        with pytest.raises(ValueError, match="below 0"):
+            double(2, -grid)
+    with pytest.raises(RuntimeError, match="requires grad"):  # an answer would have none
+        double(2, grid.requires_grad_())
+
+
+def test_two_processes_or_kernels_never_share_what_is_remembered() -> None:
+    x, noise, t, s = torch.ones(2, 3), torch.zeros(2, 3), times(0.5, 0.5), times(0.25, 0.25)
+    paths: list[GaussianProcess] = [FLOW, VariancePreserving(), VariancePreserving(steps=100), VarianceExploding()]
+    assert len({float(path.corrupt(x, t, noise)[0, 0]) for path in paths[:3]}) == 3
+    assert float(paths[3].corrupt(x, t, noise)[0, 0]) == 1
+    guess = Guess(x, x)
+    kernels = [FlowSde(noise=0.5), FlowSde(noise=0.6), DanceSde(noise=0.4), Ddim(eta=0.5), Ddim(eta=0.6)]
+    assert len({float(kernel.step(FLOW, guess, x, t, s).std[0]) for kernel in kernels}) == 5
+    assert FLOW.corrupt(x, t, noise).dtype == torch.float32
+    assert FLOW.corrupt(x.double(), t, noise.double()).dtype == torch.float64

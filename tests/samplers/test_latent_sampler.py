@@ -22,7 +22,7 @@ from unveil.samplers.latent_solvers import Churn, DpmSolver2M, Heun, SdeDpmSolve
 from unveil.samplers.latents import LatentTrajectory, Noise, noised
 from unveil.samplers.trajectory import concatenate
 from unveil.samplers.windows import ExponentialDecay, LinearDecay, Progressive, RandomSpan, Span
-from unveil.seeds import generator, normal_rows
+from unveil.seeds import generator
 
 ALL = set(LatentTrajectory.optional)
 
@@ -348,11 +348,3 @@ def test_only_the_ends_of_noisy_steps_are_kept_and_score_alike(tmp_path: Path, w
         torch.testing.assert_close(scores.log_prob, recorded, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="neither latents nor scored"):
         replace(lean, scored=None).states_at(torch.tensor([0]), torch.tensor([2]))
-
-
-def test_a_row_of_noise_depends_on_its_seed_alone() -> None:
-    """Also of few and odd numbers, of which a generator keeps one back."""
-    for shape in ((1,), (3,), (2, 4, 4)):
-        rows = normal_rows(shape, [5, 7, 5])
-        for row, seed in zip(rows, (5, 7, 5), strict=True):
-            assert torch.equal(row, torch.randn(shape, generator=torch.Generator().manual_seed(seed)))

@@ -494,3 +494,20 @@ def test_adapters_alone_learn_and_the_reference_costs_no_copy(tmp_path: Path) ->
         assert torch.equal(net.predict(x, t, told), plain.predict(x, t, told))
     assert set(job.trainer.snapshots.sets) == {"old"} and metrics["kl"] > 0
     assert all("lora_" in name for name in job.trainer.snapshots.sets["old"].values)
+
+
+def test_steps_of_latents_are_units_by_themselves(tmp_path: Path) -> None:
+    """What is then left out changes neither value nor gradient."""
+    job = tiny.job(tmp_path, tiny.policy())
+    rollouts = job._sampled(0)
+    chosen = rollouts.trajectory.decided.float()
+    batch = job.steps.batch(rollouts, torch.ones_like(chosen), chosen, Inner(), keep_old=True)
+    for views, units in zip(batch.pieces, batch.units, strict=True):
+        assert units.single and len(units) == len(views)
+        found = []
+        for one in (units, replace(units, single=False)):
+            log_prob = torch.randn(len(views), 1, generator=torch.Generator().manual_seed(0)).requires_grad_()
+            value = one.log_prob(log_prob)
+            value.square().sum().backward()
+            found += [value, log_prob.grad]
+        assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])

@@ -12,9 +12,10 @@ from torch import Tensor
 
 import tiny
 from unveil.learning.likelihoods import TrajectoryLikelihood
-from unveil.learning.objectives import Clipped, Objective
+from unveil.learning.objectives import Clipped, Objective, sum_by, unit_of
 from unveil.learning.regularisers import Kl
 from unveil.learning.selectors import AllSteps
+from unveil.learning.views import Inner
 from unveil.registry import UserError
 from unveil.samplers.masked import MaskedSampler
 from unveil.samplers.rules import RunningConfidence
@@ -258,3 +259,27 @@ def test_a_microbatch_without_scored_tokens_is_harmless(tmp_path: Path) -> None:
     metrics = job.update(0, job.trainer.optimise)
     assert empty[0] > 0 and metrics["skipped"] == 0
     assert metrics["ratio_deviation"] == 0 and metrics["entropy"] > 0 and metrics["kl"] >= 0
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("microbatch", [4, 1000])
+def test_units_are_laid_out_as_each_micro_batch_has_them(tmp_path: Path, system: str, microbatch: int) -> None:
+    """Against `unit_of` of a micro-batch by itself, also where every item is a unit of its own."""
+    config = tiny.policy(system, inner_updates=2)
+    job = tiny.job(tmp_path, config, optim=OptimConfig(microbatch=microbatch))
+    rollouts = job._sampled(0)
+    advantages = torch.randn(rollouts.trajectory.active.shape, generator=torch.Generator().manual_seed(0))
+    batch = job.steps.batch(rollouts, advantages, rollouts.trajectory.active.float(), Inner(), keep_old=True)
+    assert len(batch.pieces) == len(batch.parts) == len(batch.units) and batch.old is not None
+    for views, units, old in zip(batch.pieces, batch.units, batch.old, strict=True):
+        unit, count = unit_of(views, config.objective.level)
+        assert torch.equal(units.unit, unit) and len(units) == count
+        log_prob = torch.randn(old.log_prob.shape, generator=torch.Generator().manual_seed(1))
+        summed = sum_by((log_prob * views.factors)[views.items], unit, count)
+        if config.objective.normalise:
+            share = (views.length / views.items.sum(1).clamp(min=1))[views.items.nonzero(as_tuple=True)[0]]
+            summed = summed / sum_by(share, unit, count)
+        assert torch.equal(units.log_prob(log_prob), summed)
+        assert units.old is not None and torch.equal(units.old, units.log_prob(old.log_prob))
+        view = views.items.nonzero(as_tuple=True)[0]
+        assert torch.equal(units.advantage[unit], advantages[views.rows, views.steps][view])

@@ -30,30 +30,28 @@ class StepViews(Views):
     """N stored steps. States stay where they are in the trajectory until a micro-batch asks for its own.
 
     Attributes:
-        trajectory: the chains, with ``scored`` (or ``latents``) and ``times``.
+        trajectory: the chains, with ``scored`` (or ``latents``).
+        ends: (N, 2) float64, the times t and s.
     """
 
     steps_are_units: ClassVar[bool] = True
 
     trajectory: LatentTrajectory
+    ends: Tensor
 
     @property
     def before(self) -> tuple[Tensor, Tensor]:
         """States x_t (N, *D) and times t (N,)."""
-        return self._state(self.steps)
+        return self.trajectory.states_at(self.rows, self.steps), self.ends[:, 0]
 
     @property
     def after(self) -> tuple[Tensor, Tensor]:
         """States x_s (N, *D) and times s (N,)."""
-        return self._state(self.steps + 1)
+        return self.trajectory.states_at(self.rows, self.steps + 1), self.ends[:, 1]
 
     @property
     def condition(self) -> Condition:
         return self.trajectory.condition.rows(self.rows)
-
-    def _state(self, steps: Tensor) -> tuple[Tensor, Tensor]:
-        assert self.trajectory.times is not None
-        return self.trajectory.states_at(self.rows, steps), self.trajectory.times[self.rows, steps]
 
 
 @dataclass(kw_only=True)
@@ -89,8 +87,10 @@ class TransitionLikelihood(Likelihood, name="transition"):
         spec: ContinuousSpec,
         inner: Inner = FIRST,
     ) -> StepViews:
+        assert trajectory.times is not None
         rows, steps = ((chosen > 0) & trajectory.noisy).nonzero(as_tuple=True)
-        return StepViews(rows=rows, steps=steps, length=torch.ones(len(rows)), trajectory=trajectory)
+        ends = torch.stack([trajectory.times[rows, steps], trajectory.times[rows, steps + 1]], 1)
+        return StepViews(rows=rows, steps=steps, length=torch.ones(len(rows)), trajectory=trajectory, ends=ends)
 
     def recorded(self, views: StepViews, trajectory: LatentTrajectory) -> Tensor:
         assert trajectory.log_prob is not None

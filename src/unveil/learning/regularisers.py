@@ -74,7 +74,7 @@ class MeanSpace(Regulariser, name="mean_space"):
         squares = (scores.mean - other.mean.to(scores.mean.device)).square().flatten(1).mean(1)
         variance = scores.std.to(squares.device) ** 2
         if self.rate:
-            variance = variance / (views.before[1] - views.after[1]).to(squares.device)
+            variance = variance / (views.ends[:, 0] - views.ends[:, 1]).to(squares.device)
         return squares / (2 * variance), weight.sum(1)
 
 

@@ -124,7 +124,7 @@ class StepWeighted(TokenMean, name="by_step"):
     def factor(self, views: StepViews, trajectory: LatentTrajectory) -> Tensor:
         """delta (N,) float64 of every view."""
         assert trajectory.stds is not None
-        t, s = views.before[1].double(), views.after[1].double()
+        t, s = views.ends.T
         length, std = t - s, trajectory.stds[views.rows, views.steps]
         bracket = 1 + std**2 / length * (1 - t) / (2 * t)
         known = {

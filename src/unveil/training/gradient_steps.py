@@ -47,6 +47,7 @@ class Units:
         place: the view and the column (M,) of every item.
         factor: (M,) of every item's log-probability in the sum.
         unit: (M,) that every item belongs to.
+        single: whether all is items, and each a unit of its own.
         advantage: (U,).
         weight: (U,) in the policy term.
         old: (U,) log-probability by the policy that drew the chains; None: it is the present one.
@@ -56,6 +57,7 @@ class Units:
     place: tuple[Tensor, Tensor]
     factor: Tensor
     unit: Tensor
+    single: bool
     advantage: Tensor
     weight: Tensor
     old: Tensor | None
@@ -66,7 +68,10 @@ class Units:
 
     def log_prob(self, items: Tensor) -> Tensor:
         """(U,) of the items' (N, C)."""
-        total = sum_by(items[self.place] * self.factor, self.unit, len(self))
+        if self.single:
+            total = items.flatten()
+        else:
+            total = sum_by(items[self.place] * self.factor, self.unit, len(self))
         return total if self.length is None else total / self.length
 
 
@@ -235,7 +240,9 @@ class GradientSteps:
         if self.policy.objective.normalise:
             share = views.length / items.sum(1).clamp(min=1)
             length = list(sum_by(share[view], unit, len(found)).to(device).split(units))
-        per_item = (view - starts[part], column, views.factors.expand(items.shape)[items], unit - first[part])
+        factor = views.factors.expand(items.shape)[items]
+        single = bool(items.all() and (factor == 1).all()) and torch.equal(unit, torch.arange(len(unit)))
+        per_item = (view - starts[part], column, factor, unit - first[part])
         per_unit = (good, sum_by(weight[items], unit, len(found)))
         columns = zip(
             *(value.to(device).split(sizes) for value in per_item),
@@ -244,7 +251,8 @@ class GradientSteps:
             strict=True,
         )
         laid = [
-            Units((row, at), factor, one, own, whole, None, size) for row, at, factor, one, own, whole, size in columns
+            Units((row, at), factor, one, single, own, whole, None, size)
+            for row, at, factor, one, own, whole, size in columns
         ]
         if old is not None:
             for one, said in zip(laid, old, strict=True):
