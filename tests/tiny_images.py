@@ -14,7 +14,7 @@ from unveil.learning.latents import TransitionLikelihood
 from unveil.learning.objectives import Clipped
 from unveil.learning.regularisers import MeanSpace
 from unveil.learning.selectors import AllSteps
-from unveil.processes.gaussian import Flow, GaussianProcess, Prediction, spread
+from unveil.processes.gaussian import Flow, GaussianProcess, Prediction
 from unveil.processes.kernels import FlowSde
 from unveil.rewards.base import Shaped
 from unveil.samplers.latent import LatentSampler
@@ -49,7 +49,7 @@ class Mlp(ContinuousDenoiser):
         return Condition({"ids": torch.tensor([["", "a", "b"].index(prompt) for prompt in prompts])})
 
     def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        scaled = (spread(self.spec.process.input_scale(t), x) * x).flatten(1)
+        scaled = self.spec.process.scaled(x, t).flatten(1)
         time = t.to(x)[:, None]
         told = [scaled, self.prompt(condition["ids"]), time, time.square()]
         hidden = torch.tanh(self.inner(torch.cat(told, 1)))

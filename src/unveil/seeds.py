@@ -13,8 +13,13 @@ def derive_seed(*parts: object) -> int:
 
     Stable across processes, machines and Python versions (unlike ``hash``).
     """
-    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+    return _hashed("\x1f".join(map(str, parts)))
+
+
+def derive_seeds(seeds: Iterable[int], *parts: object) -> list[int]:
+    """``derive_seed(seed, *parts)`` of every one of some seeds."""
+    rest = "".join(f"\x1f{part}" for part in parts)
+    return [_hashed(f"{seed}{rest}") for seed in seeds]
 
 
 def generator(*parts: object) -> torch.Generator:
@@ -22,7 +27,22 @@ def generator(*parts: object) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(*parts))
 
 
-def normal_rows(shape: Sequence[int], seeds: Iterable[int]) -> torch.Tensor:
+def normal_rows(shape: Sequence[int], seeds: Sequence[int]) -> torch.Tensor:
     """N(0, I) (rows, *shape) on the CPU, each row from a seed of its own."""
-    stream = torch.Generator()
-    return torch.stack([torch.randn(shape, generator=stream.manual_seed(seed)) for seed in seeds])
+    stream, rows = torch.Generator(), torch.empty(len(seeds), *shape)
+    for row, seed in zip(rows.unbind(), seeds, strict=True):
+        row.normal_(generator=stream.manual_seed(seed))
+    return rows
+
+
+def uniform_rows(shape: Sequence[int], seeds: Sequence[int]) -> torch.Tensor:
+    """Uniform in [0, 1), otherwise as `normal_rows`."""
+    stream, rows = torch.Generator(), torch.empty(len(seeds), *shape)
+    for row, seed in zip(rows.unbind(), seeds, strict=True):
+        row.uniform_(generator=stream.manual_seed(seed))
+    return rows
+
+
+def _hashed(text: str) -> int:
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from unveil.denoisers.continuous import Condition, ContinuousDenoiser, ContinuousSpec
 from unveil.learning.matching import LogNormalNoise, TimeDistribution, UniformTimes, matching_errors, stratified
-from unveil.processes.gaussian import Flow, GaussianProcess, Prediction, VarianceExploding, VariancePreserving, spread
+from unveil.processes.gaussian import Flow, GaussianProcess, Prediction, VarianceExploding, VariancePreserving
 from unveil.processes.kernels import Ddim, FlowSde, Kernel
 from unveil.samplers.grids import Grid, Karras, Uniform
 from unveil.samplers.latent import LatentSampler
@@ -38,7 +38,7 @@ class Plane(ContinuousDenoiser):
 
     def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         angle = t.to(x)[:, None] * (2.0 ** torch.arange(8)) * math.pi / 2
-        hidden = torch.cat([spread(self.spec.process.input_scale(t), x) * x, angle.sin(), angle.cos()], 1)
+        hidden = torch.cat([self.spec.process.scaled(x, t), angle.sin(), angle.cos()], 1)
         for layer in self.layers[:-1]:
             hidden = F.silu(layer(hidden))
         return self.layers[-1](hidden)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from unveil.denoisers.continuous import Condition, ContinuousDenoiser, ContinuousSpec
 from unveil.denoisers.folder import load_weights, read_config, write_model
-from unveil.processes.gaussian import Flow, GaussianProcess, Prediction, spread
+from unveil.processes.gaussian import Flow, GaussianProcess, Prediction
 from unveil.recipe import build, dump
 from unveil.registry import Plugin, UserError
 
@@ -141,8 +141,7 @@ class ImageDenoiser(ContinuousDenoiser):
         return Condition({"ids": torch.tensor(ids, device=self.device).reshape(len(ids), -1)})
 
     def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        scaled = spread(self.spec.process.input_scale(t), x) * x
-        return self.network(scaled, t.to(x.device, x.dtype), condition["ids"])
+        return self.network(self.spec.process.scaled(x, t), t.to(x.device, x.dtype), condition["ids"])
 
     def encode(self, images: Tensor) -> Tensor:
         return 2 * images - 1

@@ -24,7 +24,7 @@ from unveil.registry import UserError
 from unveil.samplers.base import Sampler
 from unveil.samplers.latent import LatentSampler
 from unveil.samplers.latents import LatentTrajectory
-from unveil.seeds import derive_seed, generator, normal_rows
+from unveil.seeds import derive_seeds, normal_rows, uniform_rows
 
 
 @dataclass(kw_only=True)
@@ -86,11 +86,11 @@ class SamplerGrid(TimeDistribution, name="sampler_grid"):
 
 def strata(seeds: Sequence[int], draws: int, inner: Inner) -> tuple[Tensor, Tensor]:
     """Uniforms (B, draws), one in each of so many equal parts of (0, 1), and seeds (B * draws,) of copies' noise."""
-    uniform = [torch.rand(draws, generator=generator(seed, inner.number, "times")) for seed in seeds]
+    uniform = uniform_rows([draws], derive_seeds(seeds, inner.number, "times"))
     # Away from both ends, at which a prediction may say nothing.
-    u = ((torch.arange(draws) + torch.stack(uniform).double()) / draws).clamp(1e-3, 1 - 1e-3)
-    noise = [derive_seed(seed, inner.number, "noise", draw) for seed in seeds for draw in range(draws)]
-    return u, torch.tensor(noise)
+    u = ((torch.arange(draws) + uniform.double()) / draws).clamp(1e-3, 1 - 1e-3)
+    noise = [derive_seeds(seeds, inner.number, "noise", draw) for draw in range(draws)]
+    return u, torch.tensor(noise).T.flatten()
 
 
 def recognise(denoiser: ContinuousDenoiser, views: NoisedViews) -> tuple[Guess, Tensor]:

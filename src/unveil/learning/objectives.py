@@ -71,14 +71,17 @@ class Clipped(Objective, name="clipped"):
         return -torch.minimum(ratio * advantage, clipped * advantage)
 
     def diagnostics(self, log_prob: Tensor, old: Tensor, advantage: Tensor) -> dict[str, float]:
-        ratio = (log_prob - old).exp()
-        return {
-            "ratio_mean": ratio.mean().item(),
-            "ratio_deviation": (ratio - 1).abs().mean().item(),
-            "approx_kl": 0.5 * (log_prob - old).square().mean().item(),
-            "clip_low": ((ratio < 1 - self.clip) & (advantage < 0)).float().mean().item(),
-            "clip_high": ((ratio > 1 + (self.clip_high or self.clip)) & (advantage > 0)).float().mean().item(),
+        difference = log_prob - old
+        ratio = difference.exp()
+        values = {
+            "ratio_mean": ratio,
+            "ratio_deviation": (ratio - 1).abs(),
+            "approx_kl": 0.5 * difference.square(),
+            "clip_low": (ratio < 1 - self.clip) & (advantage < 0),
+            "clip_high": (ratio > 1 + (self.clip_high or self.clip)) & (advantage > 0),
         }
+        means = torch.stack([value.to(ratio) for value in values.values()]).mean(1).tolist()
+        return dict(zip(values, means, strict=True))
 
     def step_diagnostics(self, log_prob: Tensor, old: Tensor, advantage: Tensor) -> dict[str, float]:
         """Also mean and deviation of the log-ratio, and which share of the good (``clipped_good``) and of the bad units

@@ -24,9 +24,11 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -115,8 +117,44 @@ class Gaussian(NamedTuple):
             raise ValueError("the two steps have different noise: they are not between the same times")
 
 
+def of_times(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Remembers what a function says of times.
+
+    The chains of a run are asked about the few times of one grid, update after update, and coefficients of samples are
+    many small operations.
+
+    Args:
+        compute: a function of hashable settings and times (B,) float64 on the CPU, in any order.
+
+    Returns:
+        The same function, of times of any dtype on any device; nobody may change its answers.
+    """
+
+    @functools.lru_cache(maxsize=1024)
+    def known(*arguments: Any) -> Tensor:
+        with torch.inference_mode(False):
+            return compute(*(_times(one) if isinstance(one, bytes) else one for one in arguments))
+
+    @functools.wraps(compute)
+    def asked(*arguments: Any) -> Tensor:
+        return known(*(_bytes(one) if isinstance(one, Tensor) else one for one in arguments))
+
+    return asked
+
+
+def _bytes(times: Tensor) -> bytes:
+    return times.to("cpu", torch.float64).numpy().tobytes()
+
+
+def _times(held: bytes) -> Tensor:
+    return torch.from_numpy(np.frombuffer(held).copy())
+
+
 class GaussianProcess(Plugin, family="process"):
-    """x_t = alpha(t) x_0 + sigma(t) eps; a subclass says what alpha and sigma are."""
+    """x_t = alpha(t) x_0 + sigma(t) eps; a subclass says what alpha and sigma are.
+
+    It is a frozen dataclass: what it says of times is remembered.
+    """
 
     native: ClassVar[Prediction] = "u"
     """The prediction whose mean over a step is meant by higher-order solvers: where it is constant the step is exact.
@@ -140,9 +178,9 @@ class GaussianProcess(Plugin, family="process"):
         """The time at which sigma / alpha is ``ratio`` (>= 0, inf allowed), float64, at most 1."""
         raise NotImplementedError
 
-    def input_scale(self, t: Tensor) -> Tensor:
-        """What a network multiplies x_t by before it looks at it, float64: 1 where x_t has the scale of the data."""
-        return torch.ones_like(t, dtype=torch.float64)
+    def scaled(self, x: Tensor, t: Tensor) -> Tensor:
+        """x_t (B, *D) as a network looks at it, on the scale of the data."""
+        return x
 
     def ratio(self, t: Tensor) -> Tensor:
         """sigma / alpha at times t, float64: EDM's sigma; inf where nothing is left of the data."""
@@ -155,7 +193,13 @@ class GaussianProcess(Plugin, family="process"):
     def corrupt(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t (B, *D) of clean samples at times t (B,), with noise (B, *D) from N(0, I)."""
         x_0 = full(x_0)
-        return spread(self.alpha(t), x_0) * x_0 + spread(self.sigma(t), x_0) * noise
+        alpha, sigma = spread_each(self.shares(t), x_0)
+        return alpha * x_0 + sigma * noise
+
+    @of_times
+    def shares(self, t: Tensor) -> Tensor:
+        """(2, B) alpha and sigma at times t, float64."""
+        return torch.stack([self.alpha(t), self.sigma(t)])
 
     def mixture(self, kind: Prediction, t: Tensor) -> tuple[Tensor, Tensor]:
         """(a, b) of p = a x_0 + b eps at times t, float64 each.
@@ -178,15 +222,18 @@ class GaussianProcess(Plugin, family="process"):
             ValueError: the prediction says nothing at a time: eps where alpha is 0, x0 where sigma is 0.
         """
         x, prediction = full(x), full(prediction)
+        b, sigma, alpha, a = spread_each(self._inverse(kind, t), x)
+        return Guess(x0=b * x - sigma * prediction, eps=alpha * prediction - a * x)
+
+    @of_times
+    def _inverse(self, kind: Prediction, t: Tensor) -> Tensor:
+        """(4, B) b, sigma, alpha and a over the determinant."""
         alpha, sigma, (a, b) = self.alpha(t), self.sigma(t), self.mixture(kind, t)
         determinant = alpha * b - sigma * a
         if not bool((determinant != 0).all()):
             row = int((determinant == 0).nonzero()[0])
             raise ValueError(f"row {row}: a prediction of {kind} determines nothing at t = {float(t[row])}")
-        return Guess(
-            x0=spread(b / determinant, x) * x - spread(sigma / determinant, x) * prediction,
-            eps=spread(alpha / determinant, x) * prediction - spread(a / determinant, x) * x,
-        )
+        return torch.stack([b, sigma, alpha, a]) / determinant
 
     def target(self, kind: Prediction, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """The prediction (B, *D) that is right for x_t = alpha x_0 + sigma noise: what a network is trained on."""
@@ -195,8 +242,12 @@ class GaussianProcess(Plugin, family="process"):
 
     def velocity(self, guess: Guess, t: Tensor) -> Tensor:
         """dx/dt (B, *D) of the probability-flow ODE."""
-        alpha_rate, sigma_rate = self.rates(t)
-        return spread(alpha_rate, guess.x0) * guess.x0 + spread(sigma_rate, guess.x0) * guess.eps
+        alpha_rate, sigma_rate = spread_each(self._rates(t), guess.x0)
+        return alpha_rate * guess.x0 + sigma_rate * guess.eps
+
+    @of_times
+    def _rates(self, t: Tensor) -> Tensor:
+        return torch.stack(self.rates(t))
 
     def score(self, guess: Guess, t: Tensor) -> Tensor:
         """Gradient of log p_t at x_t (B, *D)."""
@@ -207,6 +258,7 @@ class GaussianProcess(Plugin, family="process"):
         alpha, sigma = self.alpha(t), self.sigma(t)
         return Guess(x0=x0, eps=(x - spread(alpha, x) * x0) / spread(sigma, x))
 
+    @of_times
     def error_factor(self, kind: Prediction, t: Tensor) -> Tensor:
         """Squared error of a prediction over the squared error of the x_0 that follows from it, (B,) float64.
 
@@ -358,7 +410,11 @@ class VarianceExploding(GaussianProcess, name="edm"):
         return (ratio.double().clamp(max=self.sigma_max) / self.sigma_max) ** (1 / self.rho)
 
     def input_scale(self, t: Tensor) -> Tensor:
+        """What brings x_t to the scale of the data, float64."""
         return 1 / (self.sigma(t) ** 2 + self.sigma_data**2).sqrt()
+
+    def scaled(self, x: Tensor, t: Tensor) -> Tensor:
+        return spread(self.input_scale(t), x) * x
 
     def mixture(self, kind: Prediction, t: Tensor) -> tuple[Tensor, Tensor]:
         if kind != "edm":
@@ -385,6 +441,12 @@ def translate(x: Tensor, t: Tensor, source: GaussianProcess, to: GaussianProcess
 def spread(coefficient: Tensor, x: Tensor) -> Tensor:
     """A number per sample (B,) in the shape (B, 1, ...), dtype and device of x (B, *D)."""
     return coefficient.to(x.device, x.dtype).reshape(-1, *[1] * (x.dim() - 1))
+
+
+def spread_each(coefficients: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+    """`spread` of K numbers per sample (K, B)."""
+    count, batch = coefficients.shape
+    return coefficients.to(x.device, x.dtype).view(count, batch, *[1] * (x.dim() - 1)).unbind()
 
 
 def full(x: Tensor) -> Tensor:

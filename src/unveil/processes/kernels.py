@@ -28,17 +28,18 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from unveil.processes.gaussian import Gaussian, GaussianProcess, Guess, full, spread
+from unveil.processes.gaussian import Gaussian, GaussianProcess, Guess, full, of_times, spread_each
 from unveil.registry import Plugin
 
 
 def deterministic(process: GaussianProcess, guess: Guess, s: Tensor) -> Tensor:
     """x_s (B, *D) without noise, alpha_s x_0 + sigma_s eps: a DDIM step, an Euler step of a flow."""
-    return spread(process.alpha(s), guess.x0) * guess.x0 + spread(process.sigma(s), guess.x0) * guess.eps
+    alpha, sigma = spread_each(process.shares(s), guess.x0)
+    return alpha * guess.x0 + sigma * guess.eps
 
 
 class Kernel(Plugin, family="kernel"):
-    """A stochastic step from t to s."""
+    """A stochastic step from t to s. A kernel is a frozen dataclass: what it says of times is remembered."""
 
     @property
     def stochastic(self) -> bool:
@@ -66,13 +67,17 @@ class Ddim(Kernel, name="ddim"):
         return self.eta > 0
 
     def step(self, process: GaussianProcess, guess: Guess, x: Tensor, t: Tensor, s: Tensor) -> Gaussian:
+        return _mixed(guess, self._shares(process, t, s))
+
+    @of_times
+    def _shares(self, process: GaussianProcess, t: Tensor, s: Tensor) -> Tensor:
         process.check_times(t, s)
         sigma = process.sigma(s)
         kept = process.alpha(t) * sigma / (process.alpha(s) * process.sigma(t))
         std = self.eta * sigma * (1 - kept**2).sqrt()
         # sqrt(sigma^2 - std^2), a sum of positive terms: rounding cannot make it the root of a negative number.
         noise = sigma * (1 - self.eta**2 + self.eta**2 * kept**2).sqrt()
-        return _mixed(process.alpha(s), noise, guess, std)
+        return torch.stack([process.alpha(s), noise, std])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,13 +92,38 @@ class CoefficientsPreserving(Kernel, name="cps"):
         return self.noise > 0
 
     def step(self, process: GaussianProcess, guess: Guess, x: Tensor, t: Tensor, s: Tensor) -> Gaussian:
+        return _mixed(guess, self._shares(process, t, s))
+
+    @of_times
+    def _shares(self, process: GaussianProcess, t: Tensor, s: Tensor) -> Tensor:
         process.check_times(t, s)
         sigma, angle = process.sigma(s), self.noise * math.pi / 2
-        return _mixed(process.alpha(s), sigma * math.cos(angle), guess, sigma * math.sin(angle))
+        return torch.stack([process.alpha(s), sigma * math.cos(angle), sigma * math.sin(angle)])
+
+
+class EulerMaruyama(Kernel):
+    """A step of an SDE, x + [velocity - g^2/2 score] (s - t), std g sqrt(t - s)."""
+
+    def squared_rate(self, process: GaussianProcess, t: Tensor, s: Tensor) -> Tensor:
+        """g^2 (B,) float64."""
+        raise NotImplementedError
+
+    def step(self, process: GaussianProcess, guess: Guess, x: Tensor, t: Tensor, s: Tensor) -> Gaussian:
+        x, factors = full(x), self._factors(process, t, s)
+        push, length = spread_each(factors[:2], x)
+        drift = process.velocity(guess, t) + push * guess.eps
+        return Gaussian(mean=x - length * drift, std=factors[2])
+
+    @of_times
+    def _factors(self, process: GaussianProcess, t: Tensor, s: Tensor) -> Tensor:
+        """(3, B) g^2 / (2 sigma_t), t - s and the std."""
+        process.check_times(t, s)
+        squared, length = self.squared_rate(process, t, s), t - s
+        return torch.stack([squared / (2 * process.sigma(t)), length, (squared * length).sqrt()])
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlowSde(Kernel, name="flow"):
+class FlowSde(EulerMaruyama, name="flow"):
     """Flow-GRPO's SDE. Noise also in a step to s = 0.
 
     At t = 1 of a flow alpha is 0 and g has a pole: there, as in the authors' code, alpha is taken at s.
@@ -106,15 +136,14 @@ class FlowSde(Kernel, name="flow"):
     def stochastic(self) -> bool:
         return self.noise > 0
 
-    def step(self, process: GaussianProcess, guess: Guess, x: Tensor, t: Tensor, s: Tensor) -> Gaussian:
-        process.check_times(t, s)
+    def squared_rate(self, process: GaussianProcess, t: Tensor, s: Tensor) -> Tensor:
         alpha = process.alpha(t)
         alpha = torch.where(alpha > 0, alpha, process.alpha(s))
-        return _euler_maruyama(process, guess, x, t, s, self.noise**2 * process.sigma(t) / alpha)
+        return self.noise**2 * process.sigma(t) / alpha
 
 
 @dataclass(frozen=True, kw_only=True)
-class DanceSde(Kernel, name="dance"):
+class DanceSde(EulerMaruyama, name="dance"):
     """DanceGRPO's SDE: the same noise rate at all times, also in a step to s = 0."""
 
     noise: Annotated[float, Field(ge=0)] = 0.3
@@ -124,20 +153,11 @@ class DanceSde(Kernel, name="dance"):
     def stochastic(self) -> bool:
         return self.noise > 0
 
-    def step(self, process: GaussianProcess, guess: Guess, x: Tensor, t: Tensor, s: Tensor) -> Gaussian:
-        process.check_times(t, s)
-        return _euler_maruyama(process, guess, x, t, s, torch.full_like(process.sigma(t), self.noise**2))
+    def squared_rate(self, process: GaussianProcess, t: Tensor, s: Tensor) -> Tensor:
+        return torch.full_like(t, self.noise**2)
 
 
-def _mixed(data: Tensor, noise: Tensor, guess: Guess, std: Tensor) -> Gaussian:
-    return Gaussian(mean=spread(data, guess.x0) * guess.x0 + spread(noise, guess.x0) * guess.eps, std=std)
-
-
-def _euler_maruyama(
-    process: GaussianProcess, guess: Guess, x: Tensor, t: Tensor, s: Tensor, squared_rate: Tensor
-) -> Gaussian:
-    """x + [velocity - g^2/2 score] (s - t), std g sqrt(t - s), with g^2 = ``squared_rate`` (B,)."""
-    x, length = full(x), t.double() - s.double()
-    push = spread(squared_rate / (2 * process.sigma(t)), x) * guess.eps
-    drift = process.velocity(guess, t) + push
-    return Gaussian(mean=x - spread(length, x) * drift, std=(squared_rate * length).sqrt())
+def _mixed(guess: Guess, shares: Tensor) -> Gaussian:
+    """The Gaussian of shares (3, B) of x_0, eps and fresh noise."""
+    data, noise = spread_each(shares[:2], guess.x0)
+    return Gaussian(mean=data * guess.x0 + noise * guess.eps, std=shares[2])

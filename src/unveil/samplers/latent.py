@@ -24,7 +24,7 @@ from unveil.samplers.guidance import Clamp, Guidance, NoGuidance
 from unveil.samplers.latent_solvers import Churn, First, LatentSolver, Memory
 from unveil.samplers.latents import LatentTrajectory, Noise, at_ends
 from unveil.samplers.windows import Everywhere, Window
-from unveil.seeds import derive_seed, normal_rows
+from unveil.seeds import derive_seed, derive_seeds, normal_rows
 
 
 @dataclass(kw_only=True)
@@ -232,7 +232,7 @@ class _Chains:
 
     def _draw(self, seeds: Sequence[int], *parts: object) -> Tensor:
         """N(0, I) (rows, *D), each row from a seed of its own."""
-        return normal_rows(self.denoiser.spec.shape, [derive_seed(seed, *parts) for seed in seeds]).to(self.device)
+        return normal_rows(self.denoiser.spec.shape, derive_seeds(seeds, *parts)).to(self.device)
 
     def _record(self, x: Tensor, guess: Guess, gaussian: Gaussian, after: Tensor, noisy: bool) -> None:
         def all_chains(value: Tensor) -> Tensor:

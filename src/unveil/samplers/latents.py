@@ -14,7 +14,7 @@ from torch import Tensor
 from unveil.denoisers.continuous import Condition
 from unveil.processes.gaussian import GaussianProcess
 from unveil.samplers.trajectory import Trajectory, pad_steps
-from unveil.seeds import derive_seed, normal_rows
+from unveil.seeds import derive_seeds, normal_rows
 
 
 @dataclass(kw_only=True)
@@ -55,7 +55,7 @@ class Noise:
 
 def noised(latents: Tensor, time: float, process: GaussianProcess, seeds: Sequence[int]) -> Tensor:
     """Clean latents (B, *D) at a time: where editing of a given sample starts (SDEdit). Each row from its own seed."""
-    noise = normal_rows(latents.shape[1:], [derive_seed(seed, "edit") for seed in seeds])
+    noise = normal_rows(latents.shape[1:], derive_seeds(seeds, "edit"))
     times = torch.full((len(latents),), time, dtype=torch.float64)
     return process.corrupt(latents.float(), times, noise.to(latents.device))
 

@@ -39,6 +39,35 @@ class Means:
         return {name: total / max(1, count) for name, (total, count) in whole.sums.items()}
 
 
+@dataclass
+class Units:
+    """The U units of a micro-batch and their M items: where they are, and what is fixed before the gradient step.
+
+    Attributes:
+        place: the view and the column (M,) of every item.
+        factor: (M,) of every item's log-probability in the sum.
+        unit: (M,) that every item belongs to.
+        advantage: (U,).
+        weight: (U,) in the policy term.
+        length: (U,) that log-probabilities are divided by; None: they are sums.
+    """
+
+    place: tuple[Tensor, Tensor]
+    factor: Tensor
+    unit: Tensor
+    advantage: Tensor
+    weight: Tensor
+    length: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.advantage.shape[0]
+
+    def log_prob(self, items: Tensor) -> Tensor:
+        """(U,) of the items' (N, C)."""
+        total = sum_by(items[self.place] * self.factor, self.unit, len(self))
+        return total if self.length is None else total / self.length
+
+
 @dataclass(kw_only=True)
 class Batch:
     """The views of one gradient step with everything that is fixed before it.
@@ -46,25 +75,27 @@ class Batch:
     Attributes:
         views: N of them.
         parts: micro-batches, as (start, end) of neighbouring views.
-        advantage: (N,) of every view.
-        policy_weight: (N, C) of every item in the policy term.
+        pieces: the views of every micro-batch.
+        units: those of every micro-batch.
         kl_weight: (N, C) of every item in the regularisers.
         old: per micro-batch what the policy that drew the chains says; None: it is the present one.
         others: per regulariser and micro-batch what its snapshot says.
         diagnostics: what the gradient step measured.
-        units: per micro-batch the step, new and old log-probability and advantage of its units, where steps are units.
+        told: per micro-batch new and old log-probability and advantage of its units.
+        scales: per micro-batch the scale (N,) of the network's velocity.
         measures: per micro-batch the steps (N,) of its views, and numbers (N,) that the likelihood tells of them.
     """
 
     views: Views
     parts: list[tuple[int, int]]
-    advantage: Tensor
-    policy_weight: Tensor
+    pieces: list[Views]
+    units: list[Units]
     kl_weight: Tensor
     old: list[Scores] | None = None
     others: dict[str, list[Scores]] = field(default_factory=dict)
     diagnostics: Means = field(default_factory=Means)
-    units: list[tuple[Tensor, Tensor, Tensor, Tensor]] = field(default_factory=list)
+    told: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    scales: list[Tensor] = field(default_factory=list)
     measures: list[tuple[Tensor, dict[str, Tensor]]] = field(default_factory=list)
 
 
@@ -87,6 +118,7 @@ class GradientSteps:
         policy, trajectory, likelihood = self.policy, rollouts.trajectory, self.policy.likelihood
         views = policy.likelihood.views(trajectory, chosen, rollouts.seeds, self.denoiser.spec, inner)
         parts = self.parts(views)
+        pieces = [views.slice(*part) for part in parts]
         old = None
         weighed = views
         recorded = policy.likelihood.recorded(views, trajectory)
@@ -94,7 +126,7 @@ class GradientSteps:
             old = [Scores(log_prob=recorded[slice(*part)], forwards=0) for part in parts]
         elif keep_old or policy.token_filter is not None or likelihood.reads_old:
             with self.trainer.using(policy.rollout.drawn_by):
-                scores = self.score_all(views, parts)
+                scores = self.score_all(pieces)
             old = [score.only(likelihood.reads_old) for score in scores]
             if policy.token_filter is not None and scores:
                 entropy = torch.cat([score.entropy for score in scores if score.entropy is not None]).cpu()
@@ -106,12 +138,13 @@ class GradientSteps:
             policy_weight, kl_weight = policy_weight * factor, kl_weight * factor
         if rollouts.gate is not None:
             kl_weight = kl_weight * rollouts.gate[views.rows, None]
-        keeps_ratio = policy.token_filter is not None and policy.token_filter.keeps_ratio
+        if policy.token_filter is not None and not policy.token_filter.keeps_ratio:
+            views, pieces = weighed, [weighed.slice(*part) for part in parts]
         return Batch(
-            views=views if keeps_ratio else weighed,
+            views=views,
             parts=parts,
-            advantage=advantage,
-            policy_weight=policy_weight,
+            pieces=pieces,
+            units=self._units(views, parts, advantage, policy_weight),
             kl_weight=kl_weight,
             old=old,
         )
@@ -123,29 +156,34 @@ class GradientSteps:
             own = {name: one.reads for name, one in in_force.items() if one.towards == snapshot}
             with self.trainer.using(snapshot):
                 for batch in batches:
-                    scores = self.score_all(batch.views, batch.parts)
+                    scores = self.score_all(batch.pieces)
                     for name, reads in own.items():
                         batch.others[name] = [one.only(reads) for one in scores]
 
     def losses(self, batch: Batch) -> Iterator[Callable[[], Tensor]]:
         """One closure per micro-batch; their sum is the loss of the gradient step."""
-        for number, part in enumerate(batch.parts):
-            yield lambda number=number, part=part: self._loss(batch, number, part)  # type: ignore[misc]
+        for number in range(len(batch.parts)):
+            yield lambda number=number: self._loss(batch, number)  # type: ignore[misc]
 
     def measured(self, batch: Batch) -> dict[str, Any]:
         """What the last gradient step on a batch measured, over all ranks; where steps are units, and what likelihoods
         tell of their views, also step by step, as lists (None at steps that were not trained)."""
         ranks, objective = self.trainer.ranks, self.policy.objective
+        told = [torch.cat(column).cpu() for column in zip(*batch.told, strict=True)]
+        if told:  # else nothing counts
+            batch.diagnostics.add(objective.diagnostics(*told), len(told[0]))
+        if batch.scales:
+            scales = torch.cat(batch.scales)
+            batch.diagnostics.add({"velocity_scale": scales.mean().item()}, len(scales))
         values: dict[str, Any] = batch.diagnostics.means(ranks)
-        units = [unit for part in ranks.gather(batch.units) for unit in part]
-        if units:
+        units = ranks.gather([batch.views.steps, *told] if told and batch.views.steps_are_units else [])
+        if units := [own for own in units if own]:
             step, *rest = (torch.cat(column) for column in zip(*units, strict=True))
-            names = list(objective.step_diagnostics(*rest))
-            for number in range(int(step.max()) + 1):
-                own = step == number
-                said = objective.step_diagnostics(*(column[own] for column in rest)) if own.any() else {}
-                for name in names:
-                    values.setdefault(f"steps/{name}", []).append(said.get(name))
+            order, sizes = step.argsort(stable=True), step.bincount().tolist()
+            by_step = zip(*(column[order].split(sizes) for column in rest), strict=True)
+            said = [objective.step_diagnostics(*own) if len(own[0]) else {} for own in by_step]
+            for name in dict.fromkeys(name for one in said for name in one):
+                values[f"steps/{name}"] = [one.get(name) for one in said]
         measures = [measure for part in ranks.gather(batch.measures) for measure in part]
         if measures:
             step = torch.cat([steps for steps, _ in measures])
@@ -155,7 +193,7 @@ class GradientSteps:
                 values[name] = value.mean().item()
                 means = [own.item() if count else None for own, count in zip(sums / counts, counts, strict=True)]
                 values[f"steps/{name}"] = means
-        batch.diagnostics, batch.units, batch.measures = Means(), [], []
+        batch.diagnostics, batch.told, batch.scales, batch.measures = Means(), [], [], []
         return values
 
     def parts(self, views: Views) -> list[tuple[int, int]]:
@@ -173,12 +211,39 @@ class GradientSteps:
                 start = border
         return parts
 
+    def _units(self, views: Views, parts: list[tuple[int, int]], advantage: Tensor, weight: Tensor) -> list[Units]:
+        """The units of every micro-batch, from advantages (N,) of the views and weights (N, C) of the items."""
+        if not parts:
+            return []
+        items, device = views.items, self.denoiser.device
+        view, column = items.nonzero(as_tuple=True)
+        unit, count = unit_of(views, self.policy.objective.level)
+        starts = torch.tensor([start for start, _ in parts])
+        part = torch.searchsorted(starts, view, right=True) - 1
+        found, unit = (part * count + unit).unique(return_inverse=True)  # those of a part are neighbours
+        units = (found // max(1, count)).bincount(minlength=len(parts)).tolist()
+        sizes = part.bincount(minlength=len(parts)).tolist()
+        own = torch.zeros(len(found))
+        own[unit] = advantage[view]  # the same for all items of a unit
+        first = torch.tensor([0, *units]).cumsum(0)
+        per_item = [view - starts[part], column, views.factors.expand(items.shape)[items], unit - first[part]]
+        per_unit = [own, sum_by(weight[items], unit, len(found))]
+        if self.policy.objective.normalise:
+            share = views.length / items.sum(1).clamp(min=1)
+            per_unit.append(sum_by(share[view], unit, len(found)))
+        columns = [
+            value.to(device).split(lengths)
+            for values, lengths in ((per_item, sizes), (per_unit, units))
+            for value in values
+        ]
+        return [Units((row, at), *rest) for row, at, *rest in zip(*columns, strict=True)]
+
     @torch.no_grad()
-    def score_all(self, views: Views, parts: list[tuple[int, int]]) -> list[Scores]:
+    def score_all(self, pieces: list[Views]) -> list[Scores]:
         """The items of every micro-batch, by the same calls that training makes."""
         self.denoiser.train()
         with self.trainer.autocast():
-            return [self.score(views.slice(*part)) for part in parts]
+            return [self.score(piece) for piece in pieces]
 
     def score(self, views: Views) -> Scores:
         """The items of some views by the network as it is."""
@@ -186,49 +251,25 @@ class GradientSteps:
         self.spent += scores.forwards
         return scores
 
-    def _loss(self, batch: Batch, number: int, part: tuple[int, int]) -> Tensor:
-        views, objective = batch.views.slice(*part), self.policy.objective
+    def _loss(self, batch: Batch, number: int) -> Tensor:
+        views, units, objective = batch.pieces[number], batch.units[number], self.policy.objective
         scores = self.score(views)
         before_it = None if batch.old is None else batch.old[number]
         if before_it is not None:
             scores = self.policy.likelihood.against(scores, before_it, views)
             if said := self.policy.likelihood.measures(scores, before_it, views, self.denoiser.spec):
                 batch.measures.append((views.steps, {name: value.cpu() for name, value in said.items()}))
-        device = scores.log_prob.device
-        items, factors = views.items.to(device), views.factors.to(device)
-        place = items.nonzero(as_tuple=True)
-
-        def weighted(log_prob: Tensor) -> Tensor:
-            return (log_prob * factors)[place]
-
-        def per_item(value: Tensor) -> Tensor:
-            return value[slice(*part)].to(device)[place]
-
-        log_prob = weighted(scores.log_prob)
-        old = log_prob.detach() if before_it is None else weighted(before_it.log_prob.to(device))
-        unit, count = unit_of(views, objective.level)
-        unit = unit.to(device)
-        view = place[0]
-        advantage = torch.zeros(count, device=device)
-        advantage[unit] = batch.advantage[slice(*part)].to(device)[view]  # the same for all items of a unit
-        new, before = sum_by(log_prob, unit, count), sum_by(old, unit, count)
-        if objective.normalise:
-            share = views.length.to(device) / items.sum(1).clamp(min=1)
-            length = sum_by(share[view], unit, count)
-            new, before = new / length, before / length
-        terms = objective.terms(new, before, advantage)
-        loss = (sum_by(per_item(batch.policy_weight), unit, count) * terms).sum()
-        if count:  # a micro-batch may hold nothing that counts
+        new = units.log_prob(scores.log_prob)
+        old = new.detach() if before_it is None else units.log_prob(before_it.log_prob.to(new.device))
+        loss = (units.weight * objective.terms(new, old, units.advantage)).sum()
+        if len(units):  # a micro-batch may hold nothing that counts
             if scores.entropy is not None:
-                batch.diagnostics.add({"entropy": scores.entropy[items].mean().item()}, len(log_prob))
+                batch.diagnostics.add({"entropy": scores.entropy[units.place].mean().item()}, len(units.unit))
             if scores.velocity is not None:
-                scale = scores.velocity.detach().flatten(1).square().mean(1).sqrt().mean().item()
-                batch.diagnostics.add({"velocity_scale": scale}, len(views))
-            batch.diagnostics.add(objective.diagnostics(new.detach(), before, advantage), count)
-            if views.steps_are_units:
-                batch.units.append(tuple(one.detach().cpu() for one in (views.steps, new, before, advantage)))  # type: ignore[arg-type]
+                batch.scales.append(scores.velocity.detach().flatten(1).square().mean(1).sqrt())
+            batch.told.append((new.detach(), old, units.advantage))
         for name, regulariser in self.policy.in_force.items():
-            weight = batch.kl_weight[slice(*part)].to(device)
+            weight = batch.kl_weight[slice(*batch.parts[number])].to(loss.device)
             distance, weight = regulariser.penalty(views, scores, batch.others[name][number], weight)
             loss = loss + regulariser.beta * (weight * distance).sum()
             held = distance.detach()[weight > 0]  # what a gate lets go is no part of the mean
