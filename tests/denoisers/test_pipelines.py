@@ -19,6 +19,7 @@ from diffusers import (
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    SASolverScheduler,
 )
 from torch import Tensor
 
@@ -30,12 +31,12 @@ from unveil.denoisers.load import load_denoiser
 from unveil.denoisers.pipelines import PipelineDenoiser, PipelineOptions
 from unveil.denoisers.stable_diffusion import StableDiffusion, StableDiffusionXl
 from unveil.processes.gaussian import Flow, Guess, Prediction, VariancePreserving
-from unveil.processes.kernels import Ddim, deterministic
+from unveil.processes.kernels import Ddim, Tau, deterministic
 from unveil.registry import UserError
 from unveil.samplers.grids import Grid, Sd3, Table, Uniform, resolution_shift
 from unveil.samplers.guidance import Clamp, ClassifierFree, NoGuidance
 from unveil.samplers.latent import LatentSampler
-from unveil.samplers.latent_solvers import DpmSolver2M, Memory
+from unveil.samplers.latent_solvers import DpmSolver2M, Memory, SaSolver
 from unveil.samplers.latents import Noise
 from unveil.training.lora import Adapter, LoraSettings
 
@@ -412,3 +413,28 @@ def test_dpm_solver_steps_agree(order: int, eta: float) -> None:
             guess = DpmSolver2M().solve(STABLE, guess, ours, t, s, memory, _never)
         ours = Ddim(eta=eta).step(STABLE, guess, ours, t, s).sample(z)
         torch.testing.assert_close(ours, x, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize(("order", "corrector"), [(1, 1), (2, 2), (3, 3), (2, 4)])
+@pytest.mark.parametrize("tau", [0.0, 0.4, 1.0])
+def test_sa_solver_steps_agree(tau: float, order: int, corrector: int) -> None:
+    """A whole chain, in float64, on one path and grid; theirs corrects the first step, too."""
+    scheduler = SASolverScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, predictor_order=order,
+        corrector_order=corrector, lower_order_final=False, tau_func=lambda t: torch.tensor(tau, dtype=torch.float64),
+    )  # fmt: skip
+    scheduler.set_timesteps(9)
+    scheduler.sigmas = times = Uniform(shift=3.0, start=0.98, end=0.04).times(Flow(), 9)
+    kernel, memory, noise = Tau(tau=tau), Memory(), torch.Generator().manual_seed(0)
+    solver = SaSolver(order=order, corrector=corrector, correct_first=True)
+    own_noise = torch.Generator().manual_seed(0)
+    x = ours = draws(1)
+    for step, k in enumerate(scheduler.timesteps):
+        t, s = times[step, None], times[step + 1, None]
+        x = scheduler.step(torch.tanh(1.2 * x) + 0.3 * t, k, x, generator=noise).prev_sample
+        guess = Flow().guess(torch.tanh(1.2 * ours) + 0.3 * t, "u", ours, t)
+        std = kernel.step(Flow(), guess, ours, t, s).std if tau else None
+        better = solver.solve(Flow(), guess, ours, t, s, memory, _never, std)
+        z = torch.randn(ours.shape, generator=own_noise, dtype=torch.float64)
+        ours = kernel.step(Flow(), better, ours, t, s).sample(z)
+        torch.testing.assert_close(ours, x, rtol=1e-9, atol=1e-9)

@@ -64,6 +64,12 @@ class LatentSampler(Sampler, name="latent"):
         self.window.check_fits(self.steps)
         if self.branches is not None and self.share == "nothing":
             raise UserError("branches: the chains share nothing (allowed with share: noise, prefix)")
+        for key, kernel in (("kernel", self.kernel), ("outside", self.outside)):
+            if self.solver.reads_std and kernel.stochastic and not kernel.mixes:
+                raise UserError(
+                    f"{key}: {kernel.name!r} makes steps that the solver {self.solver.name!r} does not know "
+                    "(allowed: cps, ddim, tau)"
+                )
 
     @property
     def greedy(self) -> bool:
@@ -193,13 +199,15 @@ class _Chains:
             self.forwards += count * sampler.guidance.evaluations
             return sampler.guess(self.denoiser, x, t, condition)
 
-        def solved() -> Guess:
-            return sampler.solver.solve(self.process, guess, x, t, s, self.memory, asked)
+        def solved(std: Tensor | None = None) -> Guess:
+            return sampler.solver.solve(self.process, guess, x, t, s, self.memory, asked, std)
 
-        guess = asked(x, t)
-        through = kernel.stochastic and sampler.solver.through_noise
-        better = solved() if through else guess
-        gaussian = kernel.step(self.process, better, x, t, s) if kernel.stochastic else None
+        guess = better = asked(x, t)
+        gaussian = kernel.step(self.process, guess, x, t, s) if kernel.stochastic else None
+        through = gaussian is not None and sampler.solver.through_noise
+        if gaussian is not None and through:
+            better = solved(gaussian.std)
+            gaussian = kernel.step(self.process, better, x, t, s)
         noisy = gaussian is not None and bool((gaussian.std > 0).all())
         if gaussian is not None and noisy:
             after = gaussian.sample(self._noise(step))
