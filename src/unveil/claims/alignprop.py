@@ -2,20 +2,21 @@
 alignprop``.
 
 The digits of `image_learning`. Every method makes 80 gradient steps: direct gradients one per 40 images (10 prompts x
-4), DDPO-IS four per 240 images as in the check of Flow-GRPO, and once more with four per 160, the same 40 images a step.
-Rollouts are those of DDIM with eta 1, DDPO's clip range is that of 64 dimensions. AlignProp and both DDPOs have their
-best learning rate of one grid, chosen on a seed that is not reported (first to reach the goal, a judge accuracy of 90 %,
-or else the best end); the variants have AlignProp's. A query is an image that the reward is asked about (direct
-gradients ask of each twice: to log, and to differentiate). Values at the goal are interpolated between two looks.
+4), DDPO-IS four per 240 images as in the check of Flow-GRPO, and once more with four per 160, the same 40 images a
+step. Rollouts are those of DDIM with eta 1, DDPO's clip range is that of 64 dimensions. AlignProp and both DDPOs have
+their best learning rate of one grid, chosen on a seed that is not reported (first to reach the goal, a judge accuracy
+of 90 %, or else the best end); the variants have AlignProp's. A query is an image that the reward is asked about
+(direct gradients ask of each twice: to log, and to differentiate). Values at the goal are interpolated between two
+looks.
 
 1. Exact part, on the base network in float64: the gradient through all 10 steps agrees with central differences of the
    mean reward of samples drawn anew, in 4 weights, for the ODE and for DDIM with eta 1, to 1e-6 of its size.
 2. Reward queries to the goal: DDPO-IS / AlignProp >= 3 in the mean. (The paper: about 25.)
 3. The same with 40 images per gradient step in both: >= 2 in the mean.
-4. It over-optimises sooner: after the 80 steps images are less diverse than DDPO-IS's by 10 % at least, and further from
-   real ones by 10 % at least, in the mean.
-5. It over-optimises harder: at the goal, where both are judged equally good, its images are less diverse than DDPO-IS's,
-   in the mean.
+4. It over-optimises sooner: after the 80 steps images are less diverse than DDPO-IS's by 10 % at least, and further
+   from real ones by 10 % at least, in the mean.
+5. It over-optimises harder: at the goal, where both are judged equally good, its images are less diverse than
+   DDPO-IS's, in the mean.
 Reported without a demand: DRaFT, DRaFT-1, DRaFT-LV, ReFL; Frechet distance, cost.
 A method that never reaches the goal counts as infinitely slow; if AlignProp itself does not, 2, 3 and 5 fail.
 """
