@@ -66,7 +66,7 @@ from unveil.samplers.latents import Noise
 from unveil.systems.alignprop import RolloutReward, variant
 from unveil.systems.ddpo import Ddpo
 
-STEPS, LOOKS = 80, 40
+STEPS, LOOKS = 80, 20
 GROUPS = {"ddpo": 24, "ddpo 40": 16}
 MINIBATCHES, GROUP = 4, 4
 TUNED = ("alignprop", *GROUPS)
@@ -196,7 +196,7 @@ def _end_check(other: list[Measured], own: list[Measured]) -> Measured:
     theirs, ours = ({name: statistics.mean(end[name][side] for end in ends) for name in ends[0]} for side in (0, 1))
     spread, far = (ours[name] / theirs[name] for name in ("diversity", "distance"))
     return {
-        "name": f"4 after {STEPS} gradient steps, AlignProp / DDPO-IS",
+        "name": "4 at the end of equally many gradient steps, AlignProp / DDPO-IS",
         "demand": f"diversity <= {LESS_DIVERSE:g} and distance to real images >= {FURTHER:g}, in the mean",
         "measured": f"diversity {ours['diversity']:.2f} against {theirs['diversity']:.2f}: {spread:.2f}; "
         f"distance {ours['distance']:.2f} against {theirs['distance']:.2f}: {far:.2f}",

@@ -8,7 +8,8 @@ each of the others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -76,7 +77,7 @@ def run_again(
         own = rows[:count]
         move, asked = _move(
             sampler, denoiser, x, times[own, step], times[own, step + 1], trajectory.condition.rows(own).to(device),
-            live[:count, step], step_noise(denoiser, seeds[:count], step), memory, recompute=recompute,
+            live[:count, step], partial(step_noise, denoiser, seeds[:count], step), memory, recompute=recompute,
         )  # fmt: skip
         spent += asked
         velocity = denoiser.spec.process.velocity(move.guess, move.times)
@@ -94,14 +95,14 @@ def _move(
     s: Tensor,
     condition: Condition,
     live: Tensor,
-    noise: Tensor,
+    noise: Callable[[], Tensor],
     memory: Memory,
     *,
     recompute: bool,
 ) -> tuple[Move, int]:
     """One step, and how many evaluations it took."""
     held = denoiser if bool(live.all()) else _Held(denoiser, live)
-    spent = 0
+    spent, drawn = 0, cache(noise)  # a step that is run again in the backward pass has the same
 
     def asked(x: Tensor, t: Tensor) -> Guess:
         nonlocal spent
@@ -109,7 +110,7 @@ def _move(
         return sampler.guess(held, x, t, condition)  # type: ignore[arg-type]
 
     def move(x: Tensor, memory: Memory) -> Move:
-        return sampler.move(denoiser.spec.process, asked, x, t, s, noise=lambda: noise, memory=memory)
+        return sampler.move(denoiser.spec.process, asked, x, t, s, noise=drawn, memory=memory)
 
     if recompute and torch.is_grad_enabled() and bool(live.any()):
         return checkpoint(move, x, memory, use_reentrant=False, preserve_rng_state=False), spent
