@@ -133,8 +133,8 @@ def _exact(seed: int) -> Measured:
 
 
 def _deviation(kernel: Ddim, seed: int) -> float:
-    denoiser = load_denoiser(BASE).double()
-    network: Any = denoiser.network
+    denoiser: Any = load_denoiser(BASE).double()
+    network = denoiser.network
     inner = network.forward
     network.forward = lambda x, t, ids: inner(x.double(), t.double(), ids)  # chains start in float32
     sampler, reward, prompts = LatentSampler(kernel=kernel, **SHAPE), PixelStatistic(statistic="contrast"), ["3", "8"]
