@@ -174,6 +174,13 @@ def test_the_history_of_updates_is_that_of_a_list() -> None:
         assert not found[:, 2].any()
 
 
+def test_factors_of_good_and_bad() -> None:
+    rewards, active = torch.tensor([[0.0], [1.0], [5.0]]), torch.ones(3, 1, dtype=torch.bool)
+    plain = StageHistory(clip=1.0).advantages(rewards, active, torch.zeros(3))[:, 0]
+    weighed = StageHistory(clip=1.0, good=0.5, bad=2.0).advantages(rewards, active, torch.zeros(3))[:, 0]
+    torch.testing.assert_close(weighed, plain * torch.tensor([2.0, 2.0, 0.5]))
+
+
 # ---- whole updates
 
 

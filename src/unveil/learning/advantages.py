@@ -128,18 +128,24 @@ class PromptHistory(Advantage, name="prompt_history"):
 class RewardWeights(Advantage, name="reward_weights"):
     """No advantage but a weight >= 0 with mean 1 over the update: reward-weighted regression."""
 
-    form: Literal["softmax", "top"] = "softmax"
-    """exp(z / temperature) of the update's z-scores z, or 1 for the best ``share`` of the chains and 0 for the rest."""
+    form: Literal["softmax", "top", "threshold"] = "softmax"
+    """exp(z / temperature) of the update's z-scores z; 1 for the best ``share`` of the chains and 0 for the rest; or 1
+    where z is above ``threshold`` and 0 elsewhere, over their mean: all are 0 if no z is."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Of the softmax; small ones look at the best chains alone."""
     share: Annotated[float, Field(gt=0, le=1)] = 0.25
     """Of ``top``."""
+    threshold: float = 0.0
+    """Of ``threshold``, in standard deviations from the update's mean."""
 
     def advantages(self, rewards: Tensor, active: Tensor, group: Tensor) -> Tensor:
         final = terminal(rewards, active).double()
+        z = (final - final.mean()) / (final.std(correction=0) + EPSILON)
         if self.form == "softmax":
-            z = (final - final.mean()) / (final.std(correction=0) + EPSILON)
             weight = (z / self.temperature).softmax(0) * len(final)
+        elif self.form == "threshold":
+            above = (z > self.threshold).double()
+            weight = above / above.mean().clamp(min=1 / len(final))
         else:
             chosen = max(1, round(self.share * len(final)))
             # Equal rewards at the border share what is left for them, so that their order decides nothing.

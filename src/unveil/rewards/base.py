@@ -10,7 +10,7 @@ import math
 import queue
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -85,6 +85,10 @@ class Reward(Plugin, family="reward"):
     def audit_weights(self) -> dict[str, float]:
         """Of the parts that a sum only watches, in training too."""
         return {}
+
+    def at(self, update: int) -> Reward:
+        """The reward of one update of a run."""
+        return self
 
     def scores(self, completions: list[Any], prompts: list[str], metadata: list[Metadata]) -> Sequence[Score]:
         """N scores of N completions. May raise anything: all N have then failed.
@@ -181,6 +185,14 @@ class Part:
     role: Literal["optimise", "audit", "evaluate"] = "optimise"
     """``optimise``: in the sum. ``audit``: logged beside it and never trained on; a gate may read it.
     ``evaluate``: asked at evaluations alone, for what is too slow to be watched."""
+    updates: list[tuple[int, int | None]] = field(default_factory=list)
+    """Of a curriculum: the updates [from, to) at which the part is optimised, to null: up to the end. At the others it
+    is only asked at evaluations. Empty: all updates."""
+
+    def optimised_at(self, update: int) -> bool:
+        """Whether the part is in the sum of that update."""
+        inside = any(start <= update and (end is None or update < end) for start, end in self.updates)
+        return self.role == "optimise" and (inside or not self.updates)
 
 
 @dataclass(kw_only=True)
@@ -200,6 +212,24 @@ class Sum(Reward, name="sum"):
         for name, part in self.parts.items():
             if isinstance(part.reward, Sum):
                 raise UserError(f"parts.{name}.reward: a sum inside a sum (allowed: its parts themselves)")
+            if part.updates and part.role != "optimise":
+                raise UserError(f"parts.{name}.updates: only for parts with the role 'optimise', not {part.role!r}")
+            for start, end in part.updates:
+                if start < 0 or (end is not None and end <= start):
+                    said = [start, end]
+                    raise UserError(f"parts.{name}.updates: should be [from, to] with 0 <= from < to, got {said}")
+        borders = {0, *(border for part in self.parts.values() for own in part.updates for border in own if border)}
+        for update in sorted(borders):
+            if not any(part.optimised_at(update) for part in self.parts.values()):
+                raise UserError(f"parts: none is optimised at update {update} (see updates)")
+
+    def at(self, update: int) -> Sum:
+        resting = {
+            name: replace(part, role="evaluate", updates=[])
+            for name, part in self.parts.items()
+            if part.role == "optimise" and not part.optimised_at(update)
+        }
+        return replace(self, parts=self.parts | resting) if resting else self
 
     def check_medium(self, medium: str, path: str) -> None:
         for name, part in self.parts.items():

@@ -46,6 +46,13 @@ def data_url(image: Tensor) -> str:
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
+def jpeg(image: Tensor, quality: int = 75) -> bytes:
+    """The image as a JPEG; the default is Pillow's."""
+    buffer = io.BytesIO()
+    pil_image(image).save(buffer, format="JPEG", quality=quality)
+    return buffer.getvalue()
+
+
 def image_batch(completions: Sequence[Any]) -> Tensor:
     """(N, C, H, W) in [0, 1] of images of one size.
 
@@ -77,9 +84,7 @@ class JpegSize(Reward, name="jpeg"):
         return [sign * self._kilobytes(image) for image in completions]
 
     def _kilobytes(self, image: Tensor) -> float:
-        buffer = io.BytesIO()
-        pil_image(image).save(buffer, format="JPEG", quality=self.quality)
-        return len(buffer.getvalue()) / 1000
+        return len(jpeg(image, self.quality)) / 1000
 
 
 @dataclass(kw_only=True)

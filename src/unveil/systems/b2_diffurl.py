@@ -85,6 +85,10 @@ class StageHistory(Advantage, name="stage_history"):
     """Earlier updates that are remembered. They were drawn by older policies: fast learning shifts z upwards."""
     clip: Annotated[float, Field(gt=0)] | None = 5.0
     """Largest absolute value; None: no limit."""
+    good: Annotated[float, Field(ge=0)] = 1.0
+    """Factor of positive ones, after that (beta1 of the released code)."""
+    bad: Annotated[float, Field(ge=0)] = 1.0
+    """Factor of negative ones (beta2)."""
     remembered: list[dict[int, list[float]]] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def advantages(self, rewards: Tensor, active: Tensor, group: Tensor) -> Tensor:
@@ -99,6 +103,7 @@ class StageHistory(Advantage, name="stage_history"):
         self.remembered = [*self.remembered, now][-self.stages :] if self.stages else []
         if self.clip is not None:
             values = values.clamp(-self.clip, self.clip)
+        values = values * torch.where(values > 0, self.good, self.bad)
         return values.float()[:, None] * active
 
     def state_dict(self) -> dict[str, Any]:

@@ -102,6 +102,7 @@ class PolicyJob(Job):
 
     def update(self, update: int, optimise: Optimise) -> dict[str, Any]:
         policy, self.rewarded = self.policy, []
+        reward = policy.reward.at(update)
         ranks = self.trainer.ranks
         rollouts = self._sampled(update)
         outcome, own = Outcome.of(rollouts, policy.advantage.features).everywhere(ranks)
@@ -116,12 +117,12 @@ class PolicyJob(Job):
             metrics |= mean_over_ranks(said, groups, ranks)
             outcome, own = Outcome.of(rollouts, policy.advantage.features).everywhere(ranks)
         if policy.gate is not None:
-            held, said = outcome.gated(policy.gate, policy.reward.audit_weights)
+            held, said = outcome.gated(policy.gate, reward.audit_weights)
             rollouts.gate = held[own]
             metrics |= {f"gate/{name}": value for name, value in said.items()}
         trajectory = rollouts.trajectory
         scored = self._count_failures(update, metrics)
-        advantages = outcome.advantages(policy.advantage, policy.reward.part_weights)
+        advantages = outcome.advantages(policy.advantage, reward.part_weights)
         kept = policy.selector.chains(terminal(advantages, outcome.active), outcome.group, policy.rollout.sampler)
         metrics |= {
             "trained_chains": kept.float().mean().item(),
@@ -158,7 +159,7 @@ class PolicyJob(Job):
         shown = self.held_out[: self.evaluation.shown]
 
         def tell(name: str, sampler: Sampler, found: Evaluation) -> None:
-            means = held_out_rewards(self.policy.reward, self.held_out, found.judged)
+            means = held_out_rewards(self.policy.reward.at(update), self.held_out, found.judged)
             self.log.metrics("eval", update, {"decoder": name, **found.summary(), **means})
             mark = {"step": update, "decoder": name}
             self.log.lines("samples.jsonl", sample_records(shown, found, self.medium, mark))
@@ -259,13 +260,14 @@ class PolicyJob(Job):
             return trajectory
 
         if how or not rollout.score_beside:
-            found = [self._scored(problems, group, seeds, drawn(slice(None)))]
+            found = [self._scored(update, problems, group, seeds, drawn(slice(None)))]
         else:
             with ThreadPoolExecutor(1) as beside:
                 parts = portions(group, rollout.batch_size)
                 # The next trajectory is drawn while the thread is busy with the last one.
                 waiting = [
-                    beside.submit(self._scored, problems[part], group[part], seeds[part], drawn(part)) for part in parts
+                    beside.submit(self._scored, update, problems[part], group[part], seeds[part], drawn(part))
+                    for part in parts
                 ]
                 found = [one.result() for one in waiting]
         self.rewarded += [rewarded for _, rewarded in found]
@@ -273,12 +275,12 @@ class PolicyJob(Job):
 
     @torch.no_grad()
     def _scored(
-        self, problems: list[Problem], group: Tensor, seeds: list[int], trajectory: Any
+        self, update: int, problems: list[Problem], group: Tensor, seeds: list[int], trajectory: Any
     ) -> tuple[Rollouts, Rewarded]:
         """Chains with their verdicts and rewards."""
         policy = self.policy
         judged = judge(policy.task, problems, self.denoiser, trajectory)
-        rewarded = reward_chains(policy.reward, problems, judged, trajectory, self.medium)
+        rewarded = reward_chains(policy.reward.at(update), problems, judged, trajectory, self.medium)
         rewards = rewarded.values
         if policy.shaping is not None:
             rewards = policy.shaping.shape(rewards, trajectory) * rewarded.known[:, None]
