@@ -239,8 +239,13 @@ def test_adapters_are_saved_as_the_pipeline_reads_them(kind: str, tmp_path: Path
     again = ADAPTERS[kind](fresh, OPTIONS).eval()
     with torch.no_grad():
         torch.testing.assert_close(again.predict(x, t, condition), tuned, atol=1e-5, rtol=1e-4)
+        other = opened(kind)
+        other.load_adapter(tmp_path)
+        torch.testing.assert_close(other.predict(x, t, condition), tuned, atol=1e-5, rtol=1e-4)
         merged = adapter.merge()
         torch.testing.assert_close(merged.predict(x, t, condition), tuned, atol=1e-5, rtol=1e-4)  # type: ignore[operator]
+    with pytest.raises(UserError, match=r"--lora: .* holds no adapters"):
+        other.load_adapter(tmp_path / "nowhere")
 
 
 @ALL

@@ -85,8 +85,11 @@ def fingerprint(name_or_path: str | Path) -> str:
     """
     folder = model_folder(name_or_path)
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted([*folder.glob("*.safetensors"), folder / "config.json", *folder.glob("tokenizer*.json")]):
-        digest.update(path.name.encode())
+    files = [*folder.glob("*.safetensors"), folder / "config.json", *folder.glob("tokenizer*.json")]
+    if (folder / INDEX).is_file():
+        files = [folder / INDEX, *folder.glob("*/*.safetensors"), *folder.glob("*/*.json")]
+    for path in sorted(files):
+        digest.update(str(path.relative_to(folder)).encode())
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "blake2b").digest())
     return digest.hexdigest()
