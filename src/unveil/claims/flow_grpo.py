@@ -126,9 +126,9 @@ def _method(name: str) -> Method:
         sampler, choices = variant("fast" if name.endswith("fast") else "full", **SHAPE)
         kl = MeanSpace(beta=BETA if name.endswith("KL") else 0.0, rate=True)
         return Method(sampler=sampler, choices=vars(choices) | {"objective": clipped, "kl": kl})
-    known = {"ddpo IS": vars(Ddpo()) | {"objective": clipped}, "ddpo SF": vars(DdpoSf())}
-    choices = vars(Rwr(advantage=RWR[name])) if name in RWR else known[name]
-    return Method(sampler=ode() if "ODE" in name else ode(kernel=Ddim(eta=1.0)), choices=choices)
+    ddpo = {"ddpo IS": vars(Ddpo()) | {"objective": clipped}, "ddpo SF": vars(DdpoSf())}
+    known = ddpo | {form: vars(Rwr(advantage=weights)) for form, weights in RWR.items()}
+    return Method(sampler=ode() if "ODE" in name else ode(kernel=Ddim(eta=1.0)), choices=known[name])
 
 
 def _policy(out: Path, seed: int, method: str, lr: float, updates: int) -> Measured:
