@@ -1,7 +1,7 @@
 """Which model families use which plug-ins, asked of the recipes and of the code's own checks.
 
 What a part of a policy can be put together with is asked by trying: one part of a small method at a time is replaced by
-it (`trials`), and the job is built. Whether every job that is built also runs is a slow test.
+it (`trials`), and the job is built. A test lets every job that is built run.
 
 PYTHONPATH=src:tests python -m parts        prints the table of docs/parts.md
 """
