@@ -104,6 +104,10 @@ class LatentSampler(Sampler, name="latent"):
     def at(self, update: int, seed: int) -> LatentSampler:
         return replace(self, window=self.window.at(update, seed, self.steps))
 
+    def told(self, start: Noise, prompts: Sequence[str]) -> Noise:
+        known = self.guidance.told(prompts)
+        return replace(start, condition=start.condition.beside(known)) if known else start
+
     def check_fits(self, response_length: int | None) -> None:
         if response_length is not None:
             raise UserError(
