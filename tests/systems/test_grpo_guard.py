@@ -114,15 +114,24 @@ def test_first_ratios_are_one_and_the_log_tells_signs_apart(tmp_path: Path, kern
 
 
 def test_clipped_shares_by_hand() -> None:
-    """Two good units of which one has escaped, three bad ones of which two have; a step with none has no number."""
+    """Two good units of which one has escaped, three bad ones of which two have, all at one step; then the good ones at
+    another. Steps without such units have no number."""
     log_ratio = torch.tensor([0.5, 0.05, -0.5, -0.4, 0.5], dtype=torch.float64)
     advantage = torch.tensor([1.0, 2.0, -1.0, -1.0, -3.0])
     objective, old = Clipped(clip=0.1, level="step"), torch.full((5,), -2.0, dtype=torch.float64)
-    said = objective.step_diagnostics(old + log_ratio, old, advantage)
-    assert (said["clipped_good"], said["clipped_bad"]) == (0.5, pytest.approx(2 / 3))
-    assert said["log_ratio_mean"] == pytest.approx(0.03)
-    assert said["log_ratio_std"] == pytest.approx(float(log_ratio.std(correction=0)))
-    assert "clipped_bad" not in objective.step_diagnostics(old[:2], old[:2], advantage[:2])
+    step = torch.full((5,), 2)
+    said = objective.step_diagnostics(old + log_ratio, old, advantage, step)
+    assert all(own[:2] == [None, None] and len(own) == 3 for own in said.values())
+    found = {name: own[2] for name, own in said.items()}
+    assert (found["clipped_good"], found["clipped_bad"]) == (0.5, pytest.approx(2 / 3))
+    assert found["log_ratio_mean"] == pytest.approx(0.03)
+    assert found["log_ratio_std"] == pytest.approx(float(log_ratio.std(correction=0)))
+    means = objective.diagnostics(old + log_ratio, old, advantage)
+    assert {name: found[name] for name in means} == pytest.approx(means)
+    step[:2] = 0
+    said = objective.step_diagnostics(old + log_ratio, old, advantage, step)
+    assert said["clipped_bad"][0] is None and said["clipped_good"] == [0.5, None, None]
+    assert said["log_ratio_std"][0] == pytest.approx(float(log_ratio[:2].std(correction=0)))
 
 
 @pytest.mark.parametrize("kernel", [FlowSde(noise=0.7), DanceSde(noise=0.3)])

@@ -296,7 +296,10 @@ class Distance(TransitionLikelihood, name="tiny_distance"):
     def recorded(self, views: Any, trajectory: Any) -> None:  # type: ignore[override]
         return None
 
-    def against(self, scores: Scores, old: Scores, views: Any) -> Scores:
+    def score(self, denoiser: Any, views: Any, sampler: Any, old: Scores | None = None) -> Scores:
+        scores = super().score(denoiser, views, sampler)
+        if old is None:
+            return scores
         assert scores.velocity is not None and old.velocity is not None
         squares = (scores.velocity - old.velocity).square().flatten(1).sum(1)
         return replace(scores, log_prob=-squares[:, None])

@@ -42,10 +42,9 @@ from unveil.claims.laboratory import (
     two_processes,
     verdict,
 )
-from unveil.learning.views import Scores
 from unveil.processes.kernels import FlowSde
 from unveil.samplers.latent_solvers import DpmSolver2M
-from unveil.systems.diffusion_nft import BranchViews, DiffusionNft, ImplicitLikelihood, Optimality, old_schedule
+from unveil.systems.diffusion_nft import DiffusionNft, ImplicitLikelihood, Optimality, old_schedule
 from unveil.training.snapshots import SnapshotConfig
 
 UPDATES = 40
@@ -112,19 +111,10 @@ def _exact(seed: int) -> Measured:
     """Largest deviations, over beta and r, of the loss from its expansion and of the gradient at r = 1/2 from 0."""
     stream, count, size = torch.Generator().manual_seed(seed), 11, 64
     target, old, new = (torch.randn(count, size, generator=stream, dtype=torch.float64) for _ in range(3))
-    rows, r = torch.arange(count), torch.linspace(0, 1, count, dtype=torch.float64)
-
-    class Clean:
-        samples = target  # branches are affine: one space will do for the identity
-
-    views = BranchViews(
-        rows=rows, steps=rows, length=r, trajectory=cast(Any, Clean()), times=r, seeds=rows, coefficient=r,
-        weight=torch.ones(count, dtype=torch.float64),
-    )  # fmt: skip
+    r = torch.linspace(0, 1, count, dtype=torch.float64)
 
     def loss(at: torch.Tensor, beta: float, r: torch.Tensor) -> torch.Tensor:
-        here, there = (Scores(log_prob=r, forwards=0, clean=one) for one in (at, old))
-        found = ImplicitLikelihood(beta=beta, loss="x0").against(here, there, views).log_prob
+        found = ImplicitLikelihood(beta=beta, loss="x0").log_prob(at, old, target, torch.ones_like(r))
         return -beta * (torch.stack([r, 1 - r], 1) * found).sum(1)
 
     expansion = still = 0.0

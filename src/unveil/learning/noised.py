@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import Field
@@ -107,12 +107,29 @@ def strata(seeds: Sequence[int], draws: int, inner: Inner) -> tuple[Tensor, Tens
     return u, torch.tensor(noise).T.flatten()
 
 
-def recognise(denoiser: ContinuousDenoiser, views: NoisedViews) -> tuple[Guess, Tensor]:
-    """What the network says of noised copies, and its prediction (N, *D) in its own parameterisation."""
+class Recognised(NamedTuple):
+    """What a network says of noised copies, and what they were made of; all (N, *D) on its device.
+
+    Attributes:
+        guess: in the normal form.
+        prediction: in the network's own parameterisation.
+        clean: the finished samples.
+        noise: that was put on them.
+    """
+
+    guess: Guess
+    prediction: Tensor
+    clean: Tensor
+    noise: Tensor
+
+
+def recognise(denoiser: ContinuousDenoiser, views: NoisedViews) -> Recognised:
+    """Let the network look at noised copies."""
     process, device = denoiser.spec.process, denoiser.device
-    x = process.corrupt(views.clean.to(device), views.times, views.noise.to(device))
+    clean, noise = views.clean.to(device), views.noise.to(device)
+    x = process.corrupt(clean, views.times, noise)
     prediction = denoiser.predict(x, views.times, views.condition.to(device))
-    return process.guess(prediction, denoiser.spec.prediction, x, views.times), prediction
+    return Recognised(process.guess(prediction, denoiser.spec.prediction, x, views.times), prediction, clean, noise)
 
 
 class FinishedLikelihood(Likelihood):
@@ -232,7 +249,6 @@ class MatchingLikelihood(FinishedLikelihood, name="matching"):
 
     def score(self, denoiser: ContinuousDenoiser, views: NoisedViews, sampler: LatentSampler) -> Scores:
         spec, t = denoiser.spec, views.times
-        guess, prediction = recognise(denoiser, views)
-        clean, noise = views.clean.to(prediction.device), views.noise.to(prediction.device)
+        guess, prediction, clean, noise = recognise(denoiser, views)
         errors = prediction_errors(spec.process, spec.prediction, prediction, clean, t, noise, self.space)
         return Scores(log_prob=-errors[:, None], forwards=len(views), velocity=spec.process.velocity(guess, t))

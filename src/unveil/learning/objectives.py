@@ -43,14 +43,26 @@ class Objective(Plugin, family="objective"):
         """Numbers that unmask broken training, for the log: means over units, so that those of parts can be joined."""
         return {}
 
-    def step_diagnostics(self, log_prob: Tensor, old: Tensor, advantage: Tensor) -> dict[str, float]:
-        """Likewise of all units of one step at once, where steps are units; any statistic will do."""
-        return self.diagnostics(log_prob, old, advantage)
+    def step_diagnostics(
+        self, log_prob: Tensor, old: Tensor, advantage: Tensor, step: Tensor
+    ) -> dict[str, list[float | None]]:
+        """Likewise of every step by itself, where steps are units, from the steps (U,) of the units: any statistic will
+        do. None where a step has nothing to say."""
+        order, sizes = step.argsort(stable=True), step.bincount().tolist()
+        columns = zip(*(column[order].split(sizes) for column in (log_prob, old, advantage)), strict=True)
+        said = [self.diagnostics(*own) if len(own[0]) else {} for own in columns]
+        return {name: [one.get(name) for one in said] for name in dict.fromkeys(name for one in said for name in one)}
 
 
 def sum_by(values: Tensor, unit: Tensor, count: int) -> Tensor:
-    """(count,) sums of ``values`` (M,) over equal ``unit`` (M,)."""
-    return values.new_zeros(count).index_add(0, unit, values)
+    """(..., count) sums of ``values`` (..., M) over equal ``unit`` (M,)."""
+    return values.new_zeros(*values.shape[:-1], count).index_add(-1, unit, values)
+
+
+def told_by(sums: Tensor, counts: Tensor) -> list[float | None]:
+    """Means from sums and counts (S,); None where nothing was counted."""
+    means = (sums / counts).tolist()
+    return [mean if count else None for mean, count in zip(means, counts.tolist(), strict=True)]
 
 
 @dataclass(kw_only=True)
@@ -73,7 +85,29 @@ class Clipped(Objective, name="clipped"):
         return -torch.minimum(ratio * advantage, clipped * advantage)
 
     def diagnostics(self, log_prob: Tensor, old: Tensor, advantage: Tensor) -> dict[str, float]:
-        difference = log_prob - old
+        names, values = self._told(log_prob - old, advantage)
+        return dict(zip(names, values.mean(1).tolist(), strict=True))
+
+    def step_diagnostics(
+        self, log_prob: Tensor, old: Tensor, advantage: Tensor, step: Tensor
+    ) -> dict[str, list[float | None]]:
+        """Also mean and deviation of the log-ratio, and which share of the good (``clipped_good``) and of the bad units
+        has no gradient any more."""
+        difference, units = log_prob - old, step.bincount()
+        names, values = self._told(difference, advantage)
+        good, bad = ((advantage > 0).to(values), (advantage < 0).to(values))
+        sums = sum_by(torch.stack([*values, difference, good, bad]), step, len(units))
+        deviation = (difference - (sums[-3] / units)[step]).square()
+        told = {name: told_by(own, units) for name, own in zip([*names, "log_ratio_mean"], sums, strict=False)}
+        variance = told_by(sum_by(deviation, step, len(units)), units)
+        told["log_ratio_std"] = [None if one is None else one**0.5 for one in variance]
+        by_name = dict(zip(names, sums, strict=False))
+        told["clipped_good"] = told_by(by_name["clip_high"], sums[-2])
+        told["clipped_bad"] = told_by(by_name["clip_low"], sums[-1])
+        return told
+
+    def _told(self, difference: Tensor, advantage: Tensor) -> tuple[list[str], Tensor]:
+        """Names of K numbers, and the numbers (K, U), from log-ratios and advantages of U units."""
         ratio = difference.exp()
         values = {
             "ratio_mean": ratio,
@@ -82,21 +116,7 @@ class Clipped(Objective, name="clipped"):
             "clip_low": (ratio < 1 - self.clip) & (advantage < 0),
             "clip_high": (ratio > 1 + (self.clip_high or self.clip)) & (advantage > 0),
         }
-        means = torch.stack([value.to(ratio) for value in values.values()]).mean(1).tolist()
-        return dict(zip(values, means, strict=True))
-
-    def step_diagnostics(self, log_prob: Tensor, old: Tensor, advantage: Tensor) -> dict[str, float]:
-        """Also mean and deviation of the log-ratio, and which share of the good (``clipped_good``) and of the bad units
-        has no gradient any more."""
-        difference, values = log_prob - old, self.diagnostics(log_prob, old, advantage)
-        values["log_ratio_mean"] = difference.mean().item()
-        values["log_ratio_std"] = difference.std(correction=0).item()
-        ratio = difference.exp()
-        clipped = {"good": ratio > 1 + (self.clip_high or self.clip), "bad": ratio < 1 - self.clip}
-        for name, own in (("good", advantage > 0), ("bad", advantage < 0)):
-            if own.any():
-                values[f"clipped_{name}"] = clipped[name][own].float().mean().item()
-        return values
+        return list(values), torch.stack([value.to(ratio) for value in values.values()])
 
 
 @dataclass(kw_only=True)

@@ -142,7 +142,8 @@ class Likelihood(Plugin, family="likelihood"):
     gives: ClassVar[frozenset[str]] = frozenset()
     """Fields of `Scores` that it fills besides log-probabilities and entropies."""
     reads_old: ClassVar[frozenset[str]] = frozenset()
-    """Fields of `Scores` that `against` reads of the policy that drew the chains, besides the log-probabilities."""
+    """Fields of `Scores` that `score` reads of the policy that drew the chains, besides the log-probabilities. If there
+    are any, `score` takes that policy's scores of the same views as ``old``; None while it is scored itself."""
     differentiates: ClassVar[bool] = False
     """True if its scores are those of the reward, which must then have a gradient."""
 
@@ -173,10 +174,6 @@ class Likelihood(Plugin, family="likelihood"):
     def score(self, denoiser: Any, views: Any, sampler: Any) -> Scores:
         """Log-probabilities of all items under the distributions that ``sampler`` draws from."""
         raise NotImplementedError
-
-    def against(self, scores: Scores, old: Scores, views: Any) -> Scores:
-        """The scores, where they depend on what the policy that drew the chains says of the same views."""
-        return scores
 
     def measures(self, scores: Scores, old: Scores, views: Any, spec: Any) -> dict[str, Tensor]:
         """Numbers (N,) of the views that tell how far the network is from the policy that drew the chains, for the log;

@@ -26,7 +26,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +37,53 @@ from unveil.registry import Plugin, UserError
 
 Prediction = Literal["eps", "x0", "v", "u", "edm"]
 Reduce = Literal["sum", "mean"]
+Answer = TypeVar("Answer")
+
+
+class Form(NamedTuple):
+    """Of samples (B, *D): what a number per sample must be to be multiplied with them."""
+
+    device: torch.device
+    dtype: torch.dtype
+    dim: int
+
+    @classmethod
+    def of(cls, x: Tensor) -> Form:
+        return cls(x.device, x.dtype, x.dim())
+
+
+def remembered(compute: Callable[..., Answer]) -> Callable[..., Answer]:
+    """Remembers what a function says of numbers per sample.
+
+    The chains of a run are asked about the few times of one grid, update after update, and coefficients are many small
+    operations.
+
+    Args:
+        compute: a function of numbers (B,), which come as float64 on the CPU, and of hashable settings.
+
+    Returns:
+        The same function, of numbers of any dtype on any device, that have no gradient. Its answers must stay as they
+        are.
+    """
+
+    @functools.lru_cache(maxsize=1024)
+    def known(*arguments: Any) -> Answer:
+        with torch.inference_mode(False):
+            return compute(*(_numbers(one) if isinstance(one, bytes) else one for one in arguments))
+
+    @functools.wraps(compute)
+    def asked(*arguments: Any) -> Answer:
+        return known(*[_bytes(one) if isinstance(one, Tensor) else one for one in arguments])
+
+    return asked
+
+
+def _bytes(numbers: Tensor) -> bytes:
+    return numbers.double().cpu().numpy().tobytes()
+
+
+def _numbers(held: bytes) -> Tensor:
+    return torch.from_numpy(np.frombuffer(held).copy())
 
 
 class Guess(NamedTuple):
@@ -76,10 +123,10 @@ class Gaussian(NamedTuple):
         Raises:
             ValueError: a std is 0: a deterministic step has no density.
         """
-        self._check_density()
         squares = per_sample((x.detach().to(self.mean.dtype) - self.mean).square())
-        std, dimensions = self.std.to(squares.device), self.mean[0].numel()
-        total = -squares / (2 * std**2) - dimensions * (std.log() + 0.5 * math.log(2 * math.pi))
+        width, level = _density(self.std, squares.device)
+        dimensions = self.mean[0].numel()
+        total = -squares / width - dimensions * level
         return total if reduce == "sum" else total / dimensions
 
     def log_ratio(self, old: Gaussian, x: Tensor, reduce: Reduce) -> Tensor:
@@ -106,48 +153,24 @@ class Gaussian(NamedTuple):
         total = squares / (2 * self.std.to(squares.device) ** 2)
         return total if reduce == "sum" else total / self.mean[0].numel()
 
-    def _check_density(self) -> None:
-        if not bool((self.std > 0).all()):
-            row = int((self.std <= 0).nonzero()[0])
-            raise ValueError(f"row {row}: the step is deterministic (std 0): it has no density")
-
     def _check_same(self, other: Gaussian) -> None:
-        self._check_density()
+        _density(self.std, self.std.device)
         if not torch.equal(self.std, other.std.to(self.std.device)):
             raise ValueError("the two steps have different noise: they are not between the same times")
 
 
-def of_times(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Remembers what a function says of times.
+@remembered
+def _density(std: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """2 std^2 and log std + log(2 pi) / 2 of stds (B,).
 
-    The chains of a run are asked about the few times of one grid, update after update, and coefficients of samples are
-    many small operations.
-
-    Args:
-        compute: a function of hashable settings and times (B,) float64 on the CPU, in any order.
-
-    Returns:
-        The same function, of times of any dtype on any device; nobody may change its answers.
+    Raises:
+        ValueError: a std is 0.
     """
-
-    @functools.lru_cache(maxsize=1024)
-    def known(*arguments: Any) -> Tensor:
-        with torch.inference_mode(False):
-            return compute(*(_times(one) if isinstance(one, bytes) else one for one in arguments))
-
-    @functools.wraps(compute)
-    def asked(*arguments: Any) -> Tensor:
-        return known(*(_bytes(one) if isinstance(one, Tensor) else one for one in arguments))
-
-    return asked
-
-
-def _bytes(times: Tensor) -> bytes:
-    return times.to("cpu", torch.float64).numpy().tobytes()
-
-
-def _times(held: bytes) -> Tensor:
-    return torch.from_numpy(np.frombuffer(held).copy())
+    if not bool((std > 0).all()):
+        row = int((std <= 0).nonzero()[0])
+        raise ValueError(f"row {row}: the step is deterministic (std 0): it has no density")
+    std = std.to(device)
+    return 2 * std**2, std.log() + 0.5 * math.log(2 * math.pi)
 
 
 class GaussianProcess(Plugin, family="process"):
@@ -193,13 +216,13 @@ class GaussianProcess(Plugin, family="process"):
     def corrupt(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t (B, *D) of clean samples at times t (B,), with noise (B, *D) from N(0, I)."""
         x_0 = full(x_0)
-        alpha, sigma = spread_each(self.shares(t), x_0)
+        alpha, sigma = self.shares(t, Form.of(x_0))
         return alpha * x_0 + sigma * noise
 
-    @of_times
-    def shares(self, t: Tensor) -> Tensor:
-        """(2, B) alpha and sigma at times t, float64."""
-        return torch.stack([self.alpha(t), self.sigma(t)])
+    @remembered
+    def shares(self, t: Tensor, form: Form) -> tuple[Tensor, Tensor]:
+        """alpha and sigma at times t (B,), to be multiplied with samples of that form."""
+        return spread(self.alpha(t), form), spread(self.sigma(t), form)
 
     def mixture(self, kind: Prediction, t: Tensor) -> tuple[Tensor, Tensor]:
         """(a, b) of p = a x_0 + b eps at times t, float64 each.
@@ -222,18 +245,18 @@ class GaussianProcess(Plugin, family="process"):
             ValueError: the prediction says nothing at a time: eps where alpha is 0, x0 where sigma is 0.
         """
         x, prediction = full(x), full(prediction)
-        b, sigma, alpha, a = spread_each(self._inverse(kind, t), x)
+        b, sigma, alpha, a = self._inverse(kind, t, Form.of(x))
         return Guess(x0=b * x - sigma * prediction, eps=alpha * prediction - a * x)
 
-    @of_times
-    def _inverse(self, kind: Prediction, t: Tensor) -> Tensor:
-        """(4, B) b, sigma, alpha and a over the determinant."""
+    @remembered
+    def _inverse(self, kind: Prediction, t: Tensor, form: Form) -> tuple[Tensor, ...]:
+        """b, sigma, alpha and a over the determinant."""
         alpha, sigma, (a, b) = self.alpha(t), self.sigma(t), self.mixture(kind, t)
         determinant = alpha * b - sigma * a
         if not bool((determinant != 0).all()):
             row = int((determinant == 0).nonzero()[0])
             raise ValueError(f"row {row}: a prediction of {kind} determines nothing at t = {float(t[row])}")
-        return torch.stack([b, sigma, alpha, a]) / determinant
+        return tuple(spread(one / determinant, form) for one in (b, sigma, alpha, a))
 
     def target(self, kind: Prediction, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """The prediction (B, *D) that is right for x_t = alpha x_0 + sigma noise: what a network is trained on."""
@@ -242,12 +265,13 @@ class GaussianProcess(Plugin, family="process"):
 
     def velocity(self, guess: Guess, t: Tensor) -> Tensor:
         """dx/dt (B, *D) of the probability-flow ODE."""
-        alpha_rate, sigma_rate = spread_each(self._rates(t), guess.x0)
+        alpha_rate, sigma_rate = self._rates(t, Form.of(guess.x0))
         return alpha_rate * guess.x0 + sigma_rate * guess.eps
 
-    @of_times
-    def _rates(self, t: Tensor) -> Tensor:
-        return torch.stack(self.rates(t))
+    @remembered
+    def _rates(self, t: Tensor, form: Form) -> tuple[Tensor, Tensor]:
+        alpha_rate, sigma_rate = self.rates(t)
+        return spread(alpha_rate, form), spread(sigma_rate, form)
 
     def score(self, guess: Guess, t: Tensor) -> Tensor:
         """Gradient of log p_t at x_t (B, *D)."""
@@ -258,7 +282,7 @@ class GaussianProcess(Plugin, family="process"):
         alpha, sigma = self.alpha(t), self.sigma(t)
         return Guess(x0=x0, eps=(x - spread(alpha, x) * x0) / spread(sigma, x))
 
-    @of_times
+    @remembered
     def error_factor(self, kind: Prediction, t: Tensor) -> Tensor:
         """Squared error of a prediction over the squared error of the x_0 that follows from it, (B,) float64.
 
@@ -438,15 +462,10 @@ def translate(x: Tensor, t: Tensor, source: GaussianProcess, to: GaussianProcess
     return spread(scale, x) * x, time
 
 
-def spread(coefficient: Tensor, x: Tensor) -> Tensor:
+def spread(coefficient: Tensor, x: Tensor | Form) -> Tensor:
     """A number per sample (B,) in the shape (B, 1, ...), dtype and device of x (B, *D)."""
-    return coefficient.to(x.device, x.dtype).reshape(-1, *[1] * (x.dim() - 1))
-
-
-def spread_each(coefficients: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-    """`spread` of K numbers per sample (K, B)."""
-    count, batch = coefficients.shape
-    return coefficients.to(x.device, x.dtype).view(count, batch, *[1] * (x.dim() - 1)).unbind()
+    form = Form.of(x) if isinstance(x, Tensor) else x
+    return coefficient.to(form.device, form.dtype).reshape(-1, *[1] * (form.dim - 1))
 
 
 def full(x: Tensor) -> Tensor:

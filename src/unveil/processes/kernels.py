@@ -31,13 +31,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from unveil.processes.gaussian import Gaussian, GaussianProcess, Guess, full, of_times, spread_each
+from unveil.processes.gaussian import Form, Gaussian, GaussianProcess, Guess, full, remembered, spread
 from unveil.registry import Plugin, UserError
+
+Shares = tuple[Tensor, Tensor, Tensor]
+"""Two factors (B, 1, ...) of samples, and the std (B,) float64 of a step."""
 
 
 def deterministic(process: GaussianProcess, guess: Guess, s: Tensor) -> Tensor:
     """x_s (B, *D) without noise, alpha_s x_0 + sigma_s eps: a DDIM step, an Euler step of a flow."""
-    alpha, sigma = spread_each(process.shares(s), guess.x0)
+    alpha, sigma = process.shares(s, Form.of(guess.x0))
     return alpha * guess.x0 + sigma * guess.eps
 
 
@@ -75,17 +78,17 @@ class Ddim(Kernel, name="ddim"):
         return self.eta > 0
 
     def step(self, process: GaussianProcess, guess: Guess, x: Tensor, t: Tensor, s: Tensor) -> Gaussian:
-        return _mixed(guess, self._shares(process, t, s))
+        return _mixed(guess, self._shares(process, t, s, Form.of(guess.x0)))
 
-    @of_times
-    def _shares(self, process: GaussianProcess, t: Tensor, s: Tensor) -> Tensor:
+    @remembered
+    def _shares(self, process: GaussianProcess, t: Tensor, s: Tensor, form: Form) -> Shares:
         process.check_times(t, s)
         sigma = process.sigma(s)
         kept = process.alpha(t) * sigma / (process.alpha(s) * process.sigma(t))
         std = self.eta * sigma * (1 - kept**2).sqrt()
         # sqrt(sigma^2 - std^2), a sum of positive terms: rounding cannot make it the root of a negative number.
         noise = sigma * (1 - self.eta**2 + self.eta**2 * kept**2).sqrt()
-        return torch.stack([process.alpha(s), noise, std])
+        return spread(process.alpha(s), form), spread(noise, form), std
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,13 +105,13 @@ class CoefficientsPreserving(Kernel, name="cps"):
         return self.noise > 0
 
     def step(self, process: GaussianProcess, guess: Guess, x: Tensor, t: Tensor, s: Tensor) -> Gaussian:
-        return _mixed(guess, self._shares(process, t, s))
+        return _mixed(guess, self._shares(process, t, s, Form.of(guess.x0)))
 
-    @of_times
-    def _shares(self, process: GaussianProcess, t: Tensor, s: Tensor) -> Tensor:
+    @remembered
+    def _shares(self, process: GaussianProcess, t: Tensor, s: Tensor, form: Form) -> Shares:
         process.check_times(t, s)
         sigma, angle = process.sigma(s), self.noise * math.pi / 2
-        return torch.stack([process.alpha(s), sigma * math.cos(angle), sigma * math.sin(angle)])
+        return spread(process.alpha(s), form), spread(sigma * math.cos(angle), form), sigma * math.sin(angle)
 
 
 class EulerMaruyama(Kernel):
@@ -119,17 +122,17 @@ class EulerMaruyama(Kernel):
         raise NotImplementedError
 
     def step(self, process: GaussianProcess, guess: Guess, x: Tensor, t: Tensor, s: Tensor) -> Gaussian:
-        x, factors = full(x), self._factors(process, t, s)
-        push, length = spread_each(factors[:2], x)
+        x = full(x)
+        push, length, std = self._factors(process, t, s, Form.of(x))
         drift = process.velocity(guess, t) + push * guess.eps
-        return Gaussian(mean=x - length * drift, std=factors[2])
+        return Gaussian(mean=x - length * drift, std=std)
 
-    @of_times
-    def _factors(self, process: GaussianProcess, t: Tensor, s: Tensor) -> Tensor:
-        """(3, B) g^2 / (2 sigma_t), t - s and the std."""
+    @remembered
+    def _factors(self, process: GaussianProcess, t: Tensor, s: Tensor, form: Form) -> Shares:
+        """g^2 / (2 sigma_t), t - s and the std."""
         process.check_times(t, s)
         squared, length = self.squared_rate(process, t, s), t - s
-        return torch.stack([squared / (2 * process.sigma(t)), length, (squared * length).sqrt()])
+        return spread(squared / (2 * process.sigma(t)), form), spread(length, form), (squared * length).sqrt()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,16 +157,16 @@ class Tau(Kernel, name="tau"):
         return self.tau > 0
 
     def step(self, process: GaussianProcess, guess: Guess, x: Tensor, t: Tensor, s: Tensor) -> Gaussian:
-        return _mixed(guess, self._shares(process, t, s))
+        return _mixed(guess, self._shares(process, t, s, Form.of(guess.x0)))
 
-    @of_times
-    def _shares(self, process: GaussianProcess, t: Tensor, s: Tensor) -> Tensor:
+    @remembered
+    def _shares(self, process: GaussianProcess, t: Tensor, s: Tensor, form: Form) -> Shares:
         process.check_times(t, s)
         sigma = process.sigma(s)
         inside = (s >= self.low) & (s <= self.high)
         ratio = process.alpha(t) * sigma / (process.alpha(s) * process.sigma(t))
         share = torch.where(inside, ratio**self.tau**2, 1.0)  # of the noise that stays: exp(-tau^2 h)
-        return torch.stack([process.alpha(s), sigma * share, sigma * (1 - share**2).sqrt()])
+        return spread(process.alpha(s), form), spread(sigma * share, form), sigma * (1 - share**2).sqrt()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +204,7 @@ class DanceSde(EulerMaruyama, name="dance"):
         return torch.full_like(t, self.noise**2)
 
 
-def _mixed(guess: Guess, shares: Tensor) -> Gaussian:
-    """The Gaussian of shares (3, B) of x_0, eps and fresh noise."""
-    data, noise = spread_each(shares[:2], guess.x0)
-    return Gaussian(mean=data * guess.x0 + noise * guess.eps, std=shares[2])
+def _mixed(guess: Guess, shares: Shares) -> Gaussian:
+    """The Gaussian of shares of x_0, eps and fresh noise."""
+    data, noise, std = shares
+    return Gaussian(mean=data * guess.x0 + noise * guess.eps, std=std)

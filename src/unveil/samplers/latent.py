@@ -229,8 +229,8 @@ class _Chains:
         # Before `own_from` there is a row per stem; chain b then continues row stem_of[b]. A stem's first chain stands
         # for all of its chains.
         self.stems = list(dict.fromkeys(stems))
-        self.first_of = torch.tensor([stems.index(stem) for stem in self.stems])
         order = {stem: number for number, stem in enumerate(self.stems)}
+        self.first_of = torch.tensor([stems.index(stem) for stem in self.stems])
         self.stem_of = torch.tensor([order[stem] for stem in stems], device=self.device)
         self.batch = len(start)
         self.condition = start.condition.to(self.device)
@@ -271,7 +271,9 @@ class _Chains:
         self.x, self.memory = move.after, move.memory
 
     def _stems(self, start: Noise) -> list[int]:
-        """(B) a seed of what each chain shares with others."""
+        """(B) a seed of what each chain shares with others; its own if it shares nothing."""
+        if self.sampler.share == "nothing":
+            return list(self.seeds)
         size = self.sampler.branches
         number = [0 if size is None else copy // size for copy in start.copies]
         return [derive_seed(problem, "stem", place) for problem, place in zip(start.problems, number, strict=True)]
@@ -280,8 +282,7 @@ class _Chains:
         """The states that the rows start from."""
         if given is not None:
             return (given[self.first_of] if self.own_from else given).to(self.device, torch.float32)
-        own = self.stems if self.own_from else stems if self.sampler.share != "nothing" else self.seeds
-        noise = _drawn(self.denoiser, own, "initial")
+        noise = _drawn(self.denoiser, self.stems if self.own_from else stems, "initial")
         return noise * spread(self.process.sigma(self.times[:1]), noise)
 
     def _noise(self, step: int) -> Tensor:

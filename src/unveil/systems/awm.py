@@ -94,8 +94,7 @@ class WeightedMatching(CopyLikelihood, name="weighted_matching"):
 
     def score(self, denoiser: ContinuousDenoiser, views: NoisedViews, sampler: Any) -> Scores:
         spec, t = denoiser.spec, views.times
-        guess, prediction = recognise(denoiser, views)
-        clean, noise = views.clean.to(prediction.device), views.noise.to(prediction.device)
+        guess, prediction, clean, noise = recognise(denoiser, views)
         loss = prediction_errors(spec.process, spec.prediction, prediction, clean, t, noise, "u")
         log_prob = -weighted(loss, t.to(loss.device), self.weights, self.power)
         return Scores(log_prob=log_prob[:, None], forwards=len(views), velocity=spec.process.velocity(guess, t))

@@ -17,7 +17,7 @@ affine in one another at a given x_t, so the branches are taken of x_0, whatever
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -80,21 +80,31 @@ class ImplicitLikelihood(CopyLikelihood, name="implicit"):
         weight = spec.process.error_factor("u", times) if self.loss == "velocity" else torch.ones_like(times)
         return BranchViews(**fields, weight=weight)
 
-    def score(self, denoiser: ContinuousDenoiser, views: BranchViews, sampler: Any) -> Scores:
+    def score(
+        self, denoiser: ContinuousDenoiser, views: BranchViews, sampler: Any, old: Scores | None = None
+    ) -> Scores:
         """Without an old policy both branches are the network itself."""
-        guess, _ = recognise(denoiser, views)
+        guess, _, clean, _ = recognise(denoiser, views)
+        log_prob = self.log_prob(guess.x0, None if old is None else old.clean, clean, views.weight)
         velocity = denoiser.spec.process.velocity(guess, views.times)
-        loss = self._loss(guess.x0, views)
-        return Scores(
-            log_prob=-torch.stack([loss, loss], 1) / self.beta, forwards=len(views), velocity=velocity, clean=guess.x0
-        )
+        return Scores(log_prob=log_prob, forwards=len(views), velocity=velocity, clean=guess.x0)
 
-    def against(self, scores: Scores, old: Scores, views: BranchViews) -> Scores:
-        assert scores.clean is not None and old.clean is not None
-        before = old.clean.to(scores.clean.device)
-        step = self.beta * (scores.clean - before)
-        losses = torch.stack([self._loss(before + step, views), self._loss(before - step, views)], 1)
-        return replace(scores, log_prob=-losses / self.beta)
+    def log_prob(self, x_0: Tensor, old: Tensor | None, clean: Tensor, weight: Tensor) -> Tensor:
+        """(N, 2) of both branches.
+
+        Args:
+            x_0: (N, *D) what the network expects.
+            old: (N, *D) what the old policy does.
+            clean: (N, *D) the finished samples.
+            weight: (N,) as in `BranchViews`.
+        """
+        if old is None:
+            branches = x_0[None]
+        else:
+            old = old.to(x_0.device)
+            step = self.beta * (x_0 - old)
+            branches = torch.stack([old + step, old - step])
+        return (-self._loss(branches - clean, weight.to(x_0.device)) / self.beta).T.expand(-1, 2)
 
     def measures(self, scores: Scores, old: Scores, views: BranchViews, spec: ContinuousSpec) -> dict[str, Tensor]:
         """``old_deviation``: mean over dimensions of (v - v_old)^2, of the velocity eps - x_0 whatever is predicted. It
@@ -104,12 +114,12 @@ class ImplicitLikelihood(CopyLikelihood, name="implicit"):
         factor = spec.process.error_factor("u", views.times).to(step.device)
         return {"old_deviation": per_sample(step.square()) / step[0].numel() * factor}
 
-    def _loss(self, x_0: Tensor, views: BranchViews) -> Tensor:
-        """l (N,), float64, of guesses (N, *D)."""
-        error = x_0 - views.clean.to(x_0.device)
-        squares = per_sample(error.square()) / error[0].numel() * views.weight.to(error.device)
+    def _loss(self, error: Tensor, weight: Tensor) -> Tensor:
+        """l (K, N), float64, of errors (K, N, *D) of guesses."""
+        kinds, size = error.shape[:2], error[0, 0].numel()
+        squares = per_sample(error.square().flatten(0, 1)).view(kinds) / size * weight
         if self.loss == "normalised":
-            return squares / (per_sample(error.detach().abs()) / error[0].numel()).clamp(min=1e-5)
+            return squares / (per_sample(error.detach().abs().flatten(0, 1)).view(kinds) / size).clamp(min=1e-5)
         return squares
 
 

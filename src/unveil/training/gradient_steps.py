@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unveil.learning.likelihoods import without
-from unveil.learning.objectives import sum_by, unit_of
+from unveil.learning.objectives import sum_by, told_by, unit_of
 from unveil.learning.views import Asked, Inner, Scores, Views
 from unveil.training.distribution import Ranks
 from unveil.training.policy_config import PolicyConfig
@@ -50,6 +50,7 @@ class Units:
         unit: (M,) that every item belongs to.
         advantage: (U,).
         weight: (U,) in the policy term.
+        old: (U,) log-probability by the policy that drew the chains; None: it is the present one.
         length: (U,) that log-probabilities are divided by; None: they are sums.
     """
 
@@ -58,7 +59,8 @@ class Units:
     unit: Tensor
     advantage: Tensor
     weight: Tensor
-    length: Tensor | None = None
+    old: Tensor | None
+    length: Tensor | None
 
     def __len__(self) -> int:
         return self.advantage.shape[0]
@@ -146,7 +148,7 @@ class GradientSteps:
             views=views,
             parts=parts,
             pieces=pieces,
-            units=self._units(views, parts, advantage, policy_weight),
+            units=self._units(views, parts, advantage, policy_weight, old),
             kl_weight=kl_weight,
             old=old,
         )
@@ -191,21 +193,17 @@ class GradientSteps:
         values: dict[str, Any] = batch.diagnostics.means(ranks)
         units = ranks.gather([batch.views.steps, *told] if told and batch.views.steps_are_units else [])
         if units := [own for own in units if own]:
-            step, *rest = (torch.cat(column) for column in zip(*units, strict=True))
-            order, sizes = step.argsort(stable=True), step.bincount().tolist()
-            by_step = zip(*(column[order].split(sizes) for column in rest), strict=True)
-            said = [objective.step_diagnostics(*own) if len(own[0]) else {} for own in by_step]
-            for name in dict.fromkeys(name for one in said for name in one):
-                values[f"steps/{name}"] = [one.get(name) for one in said]
+            step, new, old, advantage = (torch.cat(column) for column in zip(*units, strict=True))
+            said = objective.step_diagnostics(new, old, advantage, step)
+            values |= {f"steps/{name}": own for name, own in said.items()}
         measures = [measure for part in ranks.gather(batch.measures) for measure in part]
         if measures:
             step = torch.cat([steps for steps, _ in measures])
             for name in measures[0][1]:
                 value = torch.cat([own[name] for _, own in measures])
-                sums, counts = sum_by(value, step, int(step.max()) + 1), step.bincount()
+                counts = step.bincount()
                 values[name] = value.mean().item()
-                means = [own.item() if count else None for own, count in zip(sums / counts, counts, strict=True)]
-                values[f"steps/{name}"] = means
+                values[f"steps/{name}"] = told_by(sum_by(value, step, len(counts)), counts)
         batch.diagnostics, batch.told, batch.scales, batch.measures = Means(), [], [], []
         return values
 
@@ -224,7 +222,14 @@ class GradientSteps:
                 start = border
         return parts
 
-    def _units(self, views: Views, parts: list[tuple[int, int]], advantage: Tensor, weight: Tensor) -> list[Units]:
+    def _units(
+        self,
+        views: Views,
+        parts: list[tuple[int, int]],
+        advantage: Tensor,
+        weight: Tensor,
+        old: list[Scores] | None,
+    ) -> list[Units]:
         """The units of every micro-batch, from advantages (N,) of the views and weights (N, C) of the items."""
         if not parts:
             return []
@@ -234,22 +239,30 @@ class GradientSteps:
         starts = torch.tensor([start for start, _ in parts])
         part = torch.searchsorted(starts, view, right=True) - 1
         found, unit = (part * count + unit).unique(return_inverse=True)  # those of a part are neighbours
-        units = (found // max(1, count)).bincount(minlength=len(parts)).tolist()
         sizes = part.bincount(minlength=len(parts)).tolist()
-        own = torch.zeros(len(found))
-        own[unit] = advantage[view]  # the same for all items of a unit
+        units = (found // max(1, count)).bincount(minlength=len(parts)).tolist()
         first = torch.tensor([0, *units]).cumsum(0)
-        per_item = [view - starts[part], column, views.factors.expand(items.shape)[items], unit - first[part]]
-        per_unit = [own, sum_by(weight[items], unit, len(found))]
+        good = torch.zeros(len(found))
+        good[unit] = advantage[view]  # the same for all items of a unit
+        length: list[Any] = [None] * len(parts)
         if self.policy.objective.normalise:
             share = views.length / items.sum(1).clamp(min=1)
-            per_unit.append(sum_by(share[view], unit, len(found)))
-        columns = [
-            value.to(device).split(lengths)
-            for values, lengths in ((per_item, sizes), (per_unit, units))
-            for value in values
+            length = list(sum_by(share[view], unit, len(found)).to(device).split(units))
+        per_item = (view - starts[part], column, views.factors.expand(items.shape)[items], unit - first[part])
+        per_unit = (good, sum_by(weight[items], unit, len(found)))
+        columns = zip(
+            *(value.to(device).split(sizes) for value in per_item),
+            *(value.to(device).split(units) for value in per_unit),
+            length,
+            strict=True,
+        )
+        laid = [
+            Units((row, at), factor, one, own, whole, None, size) for row, at, factor, one, own, whole, size in columns
         ]
-        return [Units((row, at), *rest) for row, at, *rest in zip(*columns, strict=True)]
+        if old is not None:
+            for one, said in zip(laid, old, strict=True):
+                one.old = one.log_prob(said.log_prob.to(device))
+        return laid
 
     @torch.no_grad()
     def score_all(self, pieces: list[Views]) -> list[Scores]:
@@ -258,22 +271,21 @@ class GradientSteps:
         with self.trainer.autocast():
             return [self.score(piece) for piece in pieces]
 
-    def score(self, views: Views) -> Scores:
-        """The items of some views by the network as it is."""
-        scores = self.policy.likelihood.score(self.denoiser, views, self.policy.rollout.sampler)
+    def score(self, views: Views, old: Scores | None = None) -> Scores:
+        """The items of some views by the network as it is; ``old`` for likelihoods that read it."""
+        how = {} if old is None else {"old": old}
+        scores = self.policy.likelihood.score(self.denoiser, views, self.policy.rollout.sampler, **how)
         self.spent += scores.forwards
         return scores
 
     def _loss(self, batch: Batch, number: int) -> Tensor:
         views, units, objective = batch.pieces[number], batch.units[number], self.policy.objective
-        scores = self.score(views)
-        before_it = None if batch.old is None else batch.old[number]
-        if before_it is not None:
-            scores = self.policy.likelihood.against(scores, before_it, views)
-            if said := self.policy.likelihood.measures(scores, before_it, views, self.denoiser.spec):
-                batch.measures.append((views.steps, {name: value.cpu() for name, value in said.items()}))
+        likelihood, before_it = self.policy.likelihood, None if batch.old is None else batch.old[number]
+        scores = self.score(views, before_it if likelihood.reads_old else None)
+        if before_it is not None and (said := likelihood.measures(scores, before_it, views, self.denoiser.spec)):
+            batch.measures.append((views.steps, {name: value.cpu() for name, value in said.items()}))
         new = units.log_prob(scores.log_prob)
-        old = new.detach() if before_it is None else units.log_prob(before_it.log_prob.to(new.device))
+        old = new.detach() if units.old is None else units.old
         loss = (units.weight * objective.terms(new, old, units.advantage)).sum()
         if len(units):  # a micro-batch may hold nothing that counts
             if scores.entropy is not None:

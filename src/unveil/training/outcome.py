@@ -56,9 +56,11 @@ class Outcome:
     def of(cls, rollouts: Rollouts, features: Features | None = None) -> Outcome:
         judged, trajectory = rollouts.judged, rollouts.trajectory
         recorded = judged.guess_correct is not None
+        prompts = {problem.prompt for problem in rollouts.problems}
+        seed_of = dict(zip(prompts, map(derive_seed, prompts), strict=True))
         return cls(
             group=rollouts.group,
-            prompt=torch.tensor([derive_seed(problem.prompt) for problem in rollouts.problems]),
+            prompt=torch.tensor([seed_of[problem.prompt] for problem in rollouts.problems]),
             rewards=rollouts.rewards,
             active=trajectory.active,
             known=rollouts.known,
@@ -141,7 +143,8 @@ class Outcome:
 
     def _deviation(self) -> float:
         """Standard deviation of the reward within a group, mean over the groups with two known members or more."""
-        own = [self.final[self.known & (self.group == number)] for number in self.group.unique()]
+        final = self.final
+        own = [final[self.known & (self.group == number)] for number in self.group.unique()]
         spread = [values.std() for values in own if len(values) > 1]
         return torch.stack(spread).mean().item() if spread else 0.0
 

@@ -75,13 +75,13 @@ def reward_chains(
                 guess = judged.guess_samples[row][step]
                 where[row, step] = place(row, guess, correct[row][step], score[row][step], {})
     answer = reward.ask(samples, prompts, metadata)
+    places = tuple(torch.tensor(list(where), dtype=torch.long).reshape(-1, 2).T)
 
     def laid_out(scores: Sequence[Score]) -> Tensor:
         """(B, S): scores at their steps, nan where there is none, 0 at steps that were not asked about."""
         values = torch.zeros(trajectory.active.shape)
-        for (row, step), number in where.items():
-            one = scores[number]
-            values[row, step] = one if isinstance(one, float) else math.nan
+        known = [one if isinstance(one, float) else math.nan for one in scores]
+        values[places] = torch.tensor([known[number] for number in where.values()])
         return values
 
     values = laid_out(answer.total)
