@@ -153,6 +153,36 @@ def test_the_judge_reads_what_is_drawn() -> None:
     assert task.measure([problems[0]] * 2, list(images[:2]))["diversity"] > 0
 
 
+@pytest.mark.parametrize("settings", [{}, {"sizes": [10], "pitch": 10, "jitter": 1}])
+def test_the_distance_to_drawings_is_that_of_the_nearest_of_any_brightness(settings: Any) -> None:
+    task = Glyphs(**settings)
+    words = ["CAT", "WIM", "QUJ", "HIL"]
+    images = task.draw(words, random.Random(2))
+    assert task.distances(images, words).max() < 0.03, "what was drawn is among the drawings, but for rounding"
+    found = task.distances(images, ["CAT"] * 4)
+    real = task.drawings("CAT").flatten(1)
+    levels = torch.arange(150, 256) / 255
+    for row in range(4):
+        nearest = min((images[row].flatten() - level * real).norm(dim=1).min().item() for level in levels)
+        assert found[row].item() == pytest.approx(nearest, abs=0.02)
+    assert torch.allclose(task.distances(images, [""] * 4).float(), images.flatten(1).norm(dim=1))
+    verdicts = task.check_all(task.problems("test", 4, 0), list(images))
+    told = [verdict.metrics["distance"] for verdict in verdicts]
+    assert told == pytest.approx(task.distances(images, words).tolist())
+
+
+def test_a_typewriter_sets_every_letter_in_its_own_pixels() -> None:
+    task = Glyphs(sizes=[10], pitch=10, jitter=0)
+    word, alone = task.draw(["MIT", "M"], random.Random(0))
+    parts = (word > 0).any(1)[0].nonzero().flatten()
+    assert word[..., 11:20].max() > 0 and parts.min() >= 1 and parts.max() < 31
+    edges = [task.drawings(letters).amax((0, 1, 2)).nonzero().flatten() for letters in ("IIM", "MMM")]
+    assert edges[0].max() == edges[1].max(), "the third letter stands where it stands, whatever comes before it"
+    free = Glyphs(sizes=[10])
+    assert len(free.drawings("III")) > 5 * len(Glyphs(sizes=[10], jitter=1).drawings("III"))
+    assert alone.sum() < word.sum()
+
+
 def test_strings_to_teach_a_reader_have_any_letters() -> None:
     strings, _ = Glyphs(examples_of="strings").examples("test", 400, seed=0)
     assert {len(string) for string in strings} == {1, 2, 3}
