@@ -45,6 +45,7 @@ from unveil.samplers.solvers import Solver
 from unveil.samplers.transforms import Transform
 from unveil.samplers.windows import Window
 from unveil.systems import catalogue
+from unveil.systems.alignprop import Truncation
 from unveil.tasks.base import Task
 from unveil.tasks.medium import Medium
 from unveil.training.policy_config import ProblemFilter
@@ -217,6 +218,7 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
         Advantage,
         Selector,
         Likelihood,
+        Truncation,
         TokenFilter,
         Objective,
         Weighting,

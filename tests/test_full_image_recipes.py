@@ -21,7 +21,11 @@ from unveil.training.runs import TrainRecipe, train
 RECIPES = Path(pipelines.__file__).parent.parent / "src" / "unveil" / "recipes"
 FULL = [system.name for system in catalogue() if (RECIPES / system.name / "full.yaml").is_file()]
 IMAGE = [system.name for system in catalogue() if system.family == "image" and system.name in FULL]
-KINDS = {"CompVis/stable-diffusion-v1-4": "sd", "stabilityai/stable-diffusion-3.5-medium": "sd3"}
+KINDS = {
+    "CompVis/stable-diffusion-v1-4": "sd",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd",
+    "stabilityai/stable-diffusion-3.5-medium": "sd3",
+}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +57,7 @@ def cut_down(name: str, folder: Path) -> TrainRecipe:
     model["pipeline"] |= {"resolution": 16} | ({"prompt_tokens": 12} if "prompt_tokens" in model["pipeline"] else {})
     model["lora"]["rank"] = 2
     policy["task"] |= {"train_file": str(folder / "prompts.txt")}
-    policy |= {key: without_large_networks(policy[key]) for key in ("task", "reward", "advantage")}
+    policy |= {key: without_large_networks(policy[key]) for key in ("task", "reward", "advantage") if key in policy}
     if policy["likelihood"].get("draws"):
         policy["likelihood"]["draws"] = 2
     rollout = policy["rollout"]

@@ -69,6 +69,26 @@ def test_what_is_no_image_has_no_size(image: Tensor) -> None:
 # ---- statistics
 
 
+@pytest.mark.parametrize(
+    "reward",
+    [PixelStatistic(statistic=name) for name in ("brightness", "contrast", "norm", "colourfulness", "sharpness")]
+    + [ClassProbability(network="digits-reward", output=name) for name in ("probability", "logit")],  # type: ignore[arg-type]
+    ids=lambda reward: getattr(reward, "statistic", None) or reward.output,
+)
+def test_values_are_the_scores_with_a_gradient(reward: Reward) -> None:
+    classes = isinstance(reward, ClassProbability)
+    batch, about = noise(3, 1 if classes else 3, 8, 8) * 0.9 + 0.05, [{"label": 3}, {"label": 0}, {"label": 8}]
+    inner = batch.clone().requires_grad_()
+    values = reward.values(inner, [""] * 3, about)
+    assert values.tolist() == pytest.approx(ask(reward, list(batch), about), rel=1e-6)
+    values.sum().backward()
+    assert inner.grad is not None
+    step = 2e-3 * inner.grad / inner.grad.abs().max()
+    with torch.no_grad():
+        ends = [float(reward.values(batch + sign * step, [""] * 3, about).double().sum()) for sign in (1, -1)]
+    assert ends[0] - ends[1] == pytest.approx(2 * float((inner.grad * step).sum()), rel=0.02)
+
+
 def test_statistics_of_plain_images() -> None:
     black, white = torch.zeros(1, 6, 6), torch.ones(1, 6, 6)
     half = torch.cat([torch.zeros(1, 3, 6), torch.ones(1, 3, 6)], 1)

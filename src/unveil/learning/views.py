@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from unveil.registry import Plugin
+from unveil.rewards.base import Metadata, Reward
 from unveil.samplers.base import Sampler
 
 
@@ -75,6 +76,21 @@ class Views:
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a reward was asked about B chains, for likelihoods that ask it again.
+
+    Attributes:
+        reward: the one that is optimised.
+        prompts: (B) of the problems.
+        metadata: (B) see `unveil.rewards.base.Metadata`.
+    """
+
+    reward: Reward
+    prompts: Sequence[str]
+    metadata: Sequence[Metadata]
+
+
 @dataclass(kw_only=True)
 class Scores:
     """What a network says of the items of N views.
@@ -121,6 +137,8 @@ class Likelihood(Plugin, family="likelihood"):
     """Fields of `Scores` that it fills besides log-probabilities and entropies."""
     reads_old: ClassVar[frozenset[str]] = frozenset()
     """Fields of `Scores` that `against` reads of the policy that drew the chains, besides the log-probabilities."""
+    differentiates: ClassVar[bool] = False
+    """True if its scores are those of the reward, which must then have a gradient."""
 
     @property
     def scores_samples(self) -> bool:
@@ -137,6 +155,10 @@ class Likelihood(Plugin, family="likelihood"):
     def views(self, trajectory: Any, chosen: Tensor, seeds: Sequence[int], spec: Any, inner: Inner = FIRST) -> Any:
         """Views of the ``chosen`` (B, S) steps (those with a weight above 0); ``seeds`` holds one per chain."""
         raise NotImplementedError
+
+    def rewarded(self, views: Any, asked: Asked) -> Any:
+        """The views, knowing the reward of their chains, for likelihoods that read it."""
+        return views
 
     def recorded(self, views: Any, trajectory: Any) -> Tensor | None:
         """(N, C) log-probabilities by the policy that drew the chains, where they were recorded; None: score them."""

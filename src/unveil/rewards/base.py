@@ -13,7 +13,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
-from unveil.registry import Plugin, UserError
+import torch
+from torch import Tensor
+
+from unveil.registry import Plugin, UserError, names
 
 T = TypeVar("T")
 Metadata = Mapping[str, Any]
@@ -70,6 +73,8 @@ class Reward(Plugin, family="reward"):
 
     medium: ClassVar[Literal["text", "image"] | None] = None
     """What it can score; None: whatever comes."""
+    differentiable: ClassVar[bool] = False
+    """True if it has `values`: scores of images with a gradient."""
 
     @property
     def part_weights(self) -> dict[str, float]:
@@ -95,6 +100,25 @@ class Reward(Plugin, family="reward"):
             metadata: see `Metadata`.
         """
         raise NotImplementedError
+
+    def values(self, images: Tensor, prompts: list[str], metadata: list[Metadata]) -> Tensor:
+        """(N,) scores of images (N, C, H, W) in [0, 1], through which gradients reach the pixels; for rewards that are
+        ``differentiable``. The same numbers as `scores`, of the same arguments.
+        """
+        raise NotImplementedError
+
+    def check_differentiable(self, path: str) -> None:
+        """Refuse a reward without a gradient.
+
+        Args:
+            path: where the reward stands in the recipe.
+
+        Raises:
+            UserError: naming ``path`` and what is allowed.
+        """
+        if not self.differentiable:
+            known = [name for name in names(Reward) if getattr(Reward.known[name], "differentiable", False)]
+            raise UserError(f"{path}: {self.name!r} has no gradient (allowed: {', '.join(known)})")
 
     def check_medium(self, medium: str, path: str) -> None:
         """Refuse samples that it cannot score.
@@ -173,8 +197,11 @@ class Part:
 
 @dataclass(kw_only=True)
 class Sum(Reward, name="sum"):
-    """A weighted sum. A part that does not apply to a completion adds nothing; if none applies, the sum does not. If an
-    optimised part fails on a completion, the sum fails on it: a sum with a hole is no fair comparison."""
+    """A weighted sum; differentiable if all the parts are that it optimises. A part that does not apply to a completion
+    adds nothing; if none applies, the sum does not. If an optimised part fails on a completion, the sum fails on it: a
+    sum with a hole is no fair comparison."""
+
+    differentiable = True
 
     parts: dict[str, Part]
     """The parts by a name for the log: their means are logged as ``reward/NAME``."""
@@ -207,6 +234,15 @@ class Sum(Reward, name="sum"):
     def check_medium(self, medium: str, path: str) -> None:
         for name, part in self.parts.items():
             part.reward.check_medium(medium, f"{path}.parts.{name}.reward")
+
+    def check_differentiable(self, path: str) -> None:
+        for name in self.part_weights:
+            self.parts[name].reward.check_differentiable(f"{path}.parts.{name}.reward")
+
+    def values(self, images: Tensor, prompts: list[str], metadata: list[Metadata]) -> Tensor:
+        weights = self.part_weights.items()
+        own = [weight * self.parts[name].reward.values(images, prompts, metadata) for name, weight in weights]
+        return torch.stack([value.to(own[0]) for value in own]).sum(0)
 
     @property
     def part_weights(self) -> dict[str, float]:

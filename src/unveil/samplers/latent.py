@@ -6,22 +6,22 @@ solver says. `LatentSampler.transition` is that Gaussian; a likelihood scores st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from unveil.denoisers.continuous import Condition, ContinuousDenoiser
-from unveil.processes.gaussian import Gaussian, Guess, spread
+from unveil.processes.gaussian import Gaussian, GaussianProcess, Guess, spread
 from unveil.processes.kernels import Ddim, Kernel, deterministic
 from unveil.registry import UserError
 from unveil.samplers.base import Sampler
 from unveil.samplers.grids import Grid, Uniform
 from unveil.samplers.guidance import Clamp, Guidance, NoGuidance
-from unveil.samplers.latent_solvers import Churn, First, LatentSolver, Memory
+from unveil.samplers.latent_solvers import Again, Churn, First, LatentSolver, Memory
 from unveil.samplers.latents import LatentTrajectory, Noise, at_ends
 from unveil.samplers.windows import Everywhere, Window
 from unveil.seeds import derive_seed, normal_rows
@@ -35,6 +35,26 @@ class Split:
     """Steps that are left there."""
     leaves: Annotated[int, Field(ge=2)]
     """Chains that are one until then."""
+
+
+class Move(NamedTuple):
+    """One step of B chains.
+
+    Attributes:
+        times: (B,) at which the network was asked.
+        guess: what it said.
+        gaussian: the distribution of the next states; without noise std is 0.
+        after: (B, *D) the next states.
+        noisy: whether they were drawn with noise.
+        memory: what the solver remembers.
+    """
+
+    times: Tensor
+    guess: Guess
+    gaussian: Gaussian
+    after: Tensor
+    noisy: bool
+    memory: Memory
 
 
 @dataclass(kw_only=True)
@@ -160,6 +180,49 @@ class LatentSampler(Sampler, name="latent"):
         guess = self.guidance.guess(denoiser, x, t, condition)
         return guess if self.clamp is None else self.clamp.cut(denoiser.spec.process, guess, x, t)
 
+    def move(
+        self,
+        process: GaussianProcess,
+        asked: Again,
+        x: Tensor,
+        t: Tensor,
+        s: Tensor,
+        *,
+        noise: Callable[[], Tensor],
+        memory: Memory,
+        inside: bool = True,
+    ) -> Move:
+        """One step of chains at x (B, *D) from times t to s (B,); ``memory`` stays as it is.
+
+        Args:
+            asked: what the network says, guidance included.
+            noise: draws (B, *D) from N(0, I); called at most once.
+            memory: what the solver remembers of the steps before.
+            inside: whether the step lies in the window.
+        """
+        kernel, memory = self.kernel if inside else self.outside, dict(memory)
+        if self.churn is not None and not kernel.stochastic:
+            x, t = self.churn.raised(process, x, t, noise(), self.steps)
+
+        def solved(std: Tensor | None = None) -> Guess:
+            return self.solver.solve(process, guess, x, t, s, memory, asked, std)
+
+        guess = better = asked(x, t)
+        gaussian = kernel.step(process, guess, x, t, s) if kernel.stochastic else None
+        through = gaussian is not None and self.solver.through_noise
+        if gaussian is not None and through:
+            better = solved(gaussian.std)
+            gaussian = kernel.step(process, better, x, t, s)
+        noisy = gaussian is not None and bool((gaussian.std > 0).all())
+        if gaussian is not None and noisy:
+            after = gaussian.sample(noise())
+            if not through:
+                memory = {}  # what a solver remembers is of a chain without noise
+        else:
+            after = deterministic(process, better if through else solved(), s)
+            gaussian = Gaussian(mean=after, std=torch.zeros(len(x), dtype=torch.float64))
+        return Move(times=t, guess=guess, gaussian=gaussian, after=after, noisy=noisy, memory=memory)
+
     def sample_batch(
         self, denoiser: ContinuousDenoiser, start: Noise, seeds: Sequence[int], needs: frozenset[str]
     ) -> LatentTrajectory:
@@ -206,7 +269,7 @@ class _Chains:
         self.memory: Memory = {}
         self.forwards = 0
         self.states: list[Tensor] = []
-        self.kept: dict[str, list[Tensor]] = {name: [] for name in needs - {"latents", "scored", "times"}}
+        self.kept: dict[str, list[Tensor]] = {name: [] for name in needs - {"latents", "scored", "times", "seeds"}}
         self.noisy: list[bool] = []
 
     def run(self) -> LatentTrajectory:
@@ -229,37 +292,20 @@ class _Chains:
         return value if len(value) == self.batch else value[self.level.row_of.to(value.device)]
 
     def _step(self, step: int, condition: Condition) -> None:
-        sampler, x, count = self.sampler, self.x, len(self.x)
-        t, s = self.times[step].expand(count), self.times[step + 1].expand(count)
+        sampler, count = self.sampler, len(self.x)
         inside = bool(self.inside[step])
-        kernel = sampler.kernel if inside else sampler.outside
-        if sampler.churn is not None and not kernel.stochastic:
-            x, t = sampler.churn.raised(self.process, x, t, self._noise(step), sampler.steps)
 
         def asked(x: Tensor, t: Tensor) -> Guess:
             self.forwards += count * sampler.guidance.evaluations
             return sampler.guess(self.denoiser, x, t, condition)
 
-        def solved(std: Tensor | None = None) -> Guess:
-            return sampler.solver.solve(self.process, guess, x, t, s, self.memory, asked, std)
-
-        guess = better = asked(x, t)
-        gaussian = kernel.step(self.process, guess, x, t, s) if kernel.stochastic else None
-        through = gaussian is not None and sampler.solver.through_noise
-        if gaussian is not None and through:
-            better = solved(gaussian.std)
-            gaussian = kernel.step(self.process, better, x, t, s)
-        noisy = gaussian is not None and bool((gaussian.std > 0).all())
-        if gaussian is not None and noisy:
-            after = gaussian.sample(self._noise(step))
-            if not through:
-                self.memory = {}  # what a solver remembers is of a chain without noise
-        else:
-            after = deterministic(self.process, better if through else solved(), s)
-            gaussian = Gaussian(mean=after, std=torch.zeros(count, dtype=torch.float64))
-        self._record(self.x, guess, gaussian, after, noisy)
-        self.noisy.append(noisy and inside)
-        self.x = after
+        move = sampler.move(
+            self.process, asked, self.x, self.times[step].expand(count), self.times[step + 1].expand(count),
+            noise=lambda: self._noise(step), memory=self.memory, inside=inside,
+        )  # fmt: skip
+        self._record(self.x, move)
+        self.noisy.append(move.noisy and inside)
+        self.x, self.memory = move.after, move.memory
 
     def _stems(self, start: Noise) -> list[int]:
         """(B) a seed of what each chain shares with others."""
@@ -288,28 +334,24 @@ class _Chains:
         if start.initial is not None:
             return start.initial[chains].to(self.device, torch.float32)
         own = self.seeds if self.sampler.share == "nothing" else self._stems(start)
-        noise = self._draw([own[chain] for chain in chains.tolist()], "initial")
+        noise = _drawn(self.denoiser, [own[chain] for chain in chains.tolist()], "initial")
         return noise * spread(self.process.sigma(self.times[:1]), noise)
 
     def _noise(self, step: int) -> Tensor:
-        return self._draw(self.level.seeds, "step", step)
+        return step_noise(self.denoiser, self.level.seeds, step)
 
-    def _draw(self, seeds: Sequence[int], *parts: object) -> Tensor:
-        """N(0, I) (rows, *D), each row from a seed of its own."""
-        return normal_rows(self.denoiser.spec.shape, [derive_seed(seed, *parts) for seed in seeds]).to(self.device)
-
-    def _record(self, x: Tensor, guess: Guess, gaussian: Gaussian, after: Tensor, noisy: bool) -> None:
+    def _record(self, x: Tensor, move: Move) -> None:
         if self.needs & {"latents", "scored"}:
             self.states.append(self._of_chains(x).cpu())
         for name in self.kept:
             if name == "guesses":
-                value = guess.x0
+                value = move.guess.x0
             elif name == "means":
-                value = gaussian.mean
+                value = move.gaussian.mean
             elif name == "stds":
-                value = gaussian.std
-            elif noisy:
-                value = gaussian.log_prob(after, "sum")
+                value = move.gaussian.std
+            elif move.noisy:
+                value = move.gaussian.log_prob(move.after, "sum")
             else:
                 value = torch.zeros(len(x), dtype=torch.float64)
             self.kept[name].append(self._of_chains(value).cpu())
@@ -325,6 +367,8 @@ class _Chains:
                 recorded["scored"] = states[:, at_ends(noisy)]
         if "times" in self.needs:
             recorded["times"] = self.times.expand(self.batch, -1).clone()
+        if "seeds" in self.needs:
+            recorded["seeds"] = torch.tensor(self.seeds)
         return LatentTrajectory(
             active=torch.ones(self.batch, self.steps, dtype=torch.bool),
             planned=torch.full((self.batch,), self.steps),
@@ -334,3 +378,13 @@ class _Chains:
             condition=self.condition.to(torch.device("cpu")),
             **recorded,
         )
+
+
+def step_noise(denoiser: ContinuousDenoiser, seeds: Sequence[int], step: int) -> Tensor:
+    """N(0, I) (B, *D) of one step of chains, each from its own seed."""
+    return _drawn(denoiser, seeds, "step", step)
+
+
+def _drawn(denoiser: ContinuousDenoiser, seeds: Sequence[int], *parts: object) -> Tensor:
+    """N(0, I) (rows, *D), each row from a seed of its own."""
+    return normal_rows(denoiser.spec.shape, [derive_seed(seed, *parts) for seed in seeds]).to(denoiser.device)

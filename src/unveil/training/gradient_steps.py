@@ -11,9 +11,10 @@ from torch import Tensor
 
 from unveil.learning.likelihoods import without
 from unveil.learning.objectives import sum_by, unit_of
-from unveil.learning.views import Inner, Scores, Views
+from unveil.learning.views import Asked, Inner, Scores, Views
 from unveil.training.distribution import Ranks
 from unveil.training.policy_config import PolicyConfig
+from unveil.training.rewarding import about
 from unveil.training.rollouts import Rollouts
 from unveil.training.trainer import Trainer
 
@@ -85,7 +86,8 @@ class GradientSteps:
             keep_old: whether ratios will be taken against that policy after it has changed.
         """
         policy, trajectory, likelihood = self.policy, rollouts.trajectory, self.policy.likelihood
-        views = policy.likelihood.views(trajectory, chosen, rollouts.seeds, self.denoiser.spec, inner)
+        views = likelihood.views(trajectory, chosen, rollouts.seeds, self.denoiser.spec, inner)
+        views = likelihood.rewarded(views, self._asked(rollouts))
         parts = self.parts(views)
         old = None
         weighed = views
@@ -114,6 +116,17 @@ class GradientSteps:
             policy_weight=policy_weight,
             kl_weight=kl_weight,
             old=old,
+        )
+
+    def _asked(self, rollouts: Rollouts) -> Asked:
+        problems, verdicts = rollouts.problems, rollouts.judged.verdicts
+        return Asked(
+            reward=self.policy.reward,
+            prompts=[problem.prompt for problem in problems],
+            metadata=[
+                about(problem, verdict.correct, verdict.score, verdict.metrics)
+                for problem, verdict in zip(problems, verdicts, strict=True)
+            ],
         )
 
     def compare(self, batches: list[Batch]) -> None:

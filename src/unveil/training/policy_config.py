@@ -121,6 +121,10 @@ class PolicyConfig:
     def __post_init__(self) -> None:
         advantage, likelihood = self.advantage, self.likelihood
         self.reward.check_medium(self.task.medium, "reward")
+        if likelihood.differentiates:
+            self.reward.check_differentiable("reward")
+            if self.shaping is not None:
+                raise UserError(f"shaping: {likelihood.name!r} differentiates the reward as it is (allowed: null)")
         if advantage.features is not None and advantage.features.medium != self.task.medium:
             raise UserError(
                 f"advantage: {advantage.name!r} compares {advantage.features.medium}s, and the task's samples are "
