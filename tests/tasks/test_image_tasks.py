@@ -23,6 +23,7 @@ from unveil.tasks.countdown import Countdown
 from unveil.tasks.digits import Digits
 from unveil.tasks.glyphs import CONSONANTS, VOWELS, Glyphs
 from unveil.tasks.mnist import Fashion, Mnist, resized
+from unveil.tasks.pixels import FILM_SIDE, SAMPLE_SIDE, shrunk
 from unveil.tasks.prompts import ImageFolder, Prompts
 
 DIGITS = Digits()
@@ -320,3 +321,17 @@ def test_image_folders_with_captions_and_with_subfolders(tmp_path: Path) -> None
 def test_embedded_judges_fit_their_tasks() -> None:
     assert DIGITS.judge.names == DIGITS.vocabulary and tuple(DIGITS.judge.about["shape"]) == DIGITS.shape
     assert tuple(Glyphs().judge.about["shape"]) == Glyphs().shape
+
+
+# ---- what a run keeps of them
+
+
+def test_images_in_records_are_shrunk_to_their_longest_side_and_never_enlarged() -> None:
+    image = torch.zeros(3, 300, 600)
+    image[0, :, :300] = 1.0
+    small = shrunk(image, 150)
+    assert small.shape == (3, 75, 150) and small[1:].eq(0).all()
+    assert torch.allclose(small[0, :, :70], torch.ones(75, 70)) and small[0, :, 80:].eq(0).all()
+    assert abs(float(small.mean()) - float(image.mean())) < 1e-6 and small.max() < 1 + 1e-6
+    assert shrunk(image, 600) is image and shrunk(torch.zeros(1, 900, 2), 100).shape == (1, 100, 1)
+    assert FILM_SIDE < SAMPLE_SIDE

@@ -465,6 +465,21 @@ def test_an_evaluation_and_its_records(tmp_path: Path) -> None:
     assert {"correct", "score", "time", "noisy"} <= chain["steps"][0].keys()
 
 
+def test_large_images_are_kept_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    large = torch.rand(3, 512, 256)
+    monkeypatch.setattr(tiny.Mlp, "decode", lambda self, x_0: large.expand(len(x_0), 3, 512, 256))
+    job = tiny.job(tmp_path, tiny.policy())
+    job.evaluation = PolicyEval(problems=2, decoders={"ode": tiny.sampler(kernel=Ddim(eta=0.0), steps=2)}, shown=1)
+    job.evaluate(0)
+    sample = json.loads((tmp_path / "samples.jsonl").read_text())["image"]
+    steps = json.loads((tmp_path / "trajectories.jsonl").read_text())["steps"]
+    sizes = [
+        PIL.Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).size
+        for url in (sample, *(step[key] for step in steps for key in ("image", "guess_image")))
+    ]
+    assert sizes == [(128, 256), *[(64, 128)] * 4]
+
+
 @pytest.mark.parametrize("steps", [3, 12])
 def test_a_backward_pass_holds_one_micro_batch_however_long_the_chain(tmp_path: Path, steps: int) -> None:
     policy = tiny.policy(rollout={"sampler": tiny.sampler(steps=steps)}, kl=MeanSpace(beta=0.1))

@@ -38,6 +38,8 @@ class NoisedViews(Views):
         coefficient: (N,) factor of each copy's log-probability in every sum.
     """
 
+    called = "noised copies of samples"
+
     trajectory: LatentTrajectory
     times: Tensor
     seeds: Tensor
@@ -116,6 +118,7 @@ def recognise(denoiser: ContinuousDenoiser, views: NoisedViews) -> tuple[Guess, 
 class FinishedLikelihood(Likelihood):
     """Scores finished samples of the sampler `latent`."""
 
+    makes: ClassVar[type[Views]] = NoisedViews
     gives: ClassVar[frozenset[str]] = frozenset({"velocity"})
     resamples = True
     per_step: ClassVar[bool] = False

@@ -21,6 +21,8 @@ class Regulariser(Plugin, family="regulariser", default="kl"):
 
     reads: ClassVar[frozenset[str]] = frozenset()
     """Fields of `Scores` that are read of the snapshot besides the log-probabilities."""
+    reads_views: ClassVar[type[Views]] = Views
+    """The kind of views that `penalty` reads."""
     beta: Annotated[float, Field(ge=0)] = 0.0
     """Strength; at 0 no snapshot is evaluated."""
     towards: Towards = "reference"

@@ -40,6 +40,10 @@ class Views:
         length: (N,) this view's share of what a ratio is normalised by.
     """
 
+    called: ClassVar[str] = "views"
+    """What they show, for messages."""
+    opposed: ClassVar[bool] = False
+    """True if the items of a view pull opposite ways, so that only weights that carry the advantage tell them apart."""
     steps_are_units: ClassVar[bool] = False
     """True if every view is one step with one item: what is measured can be told step by step."""
 
@@ -133,6 +137,8 @@ class Likelihood(Plugin, family="likelihood"):
     per_step: ClassVar[bool] = True
     """True if views belong to steps (a selector chooses which), False if they stand for the whole chain."""
 
+    makes: ClassVar[type[Views]] = Views
+    """The kind of its views: weightings and regularisers may read more of them than what all views have."""
     gives: ClassVar[frozenset[str]] = frozenset()
     """Fields of `Scores` that it fills besides log-probabilities and entropies."""
     reads_old: ClassVar[frozenset[str]] = frozenset()

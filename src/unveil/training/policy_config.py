@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unveil.learning.advantages import Advantage, GroupAdvantage
 from unveil.learning.gates import Gate
-from unveil.learning.likelihoods import TrajectoryLikelihood
+from unveil.learning.likelihoods import TokenViews, TrajectoryLikelihood
 from unveil.learning.objectives import Clipped, Objective, TokenMean, Weighting
 from unveil.learning.regularisers import Kl, Regulariser
 from unveil.learning.selectors import AllSteps, Selector
@@ -150,6 +150,8 @@ class PolicyConfig:
                     f"{_key(name)}: {one.name!r} reads the {missing[0]} of a step, which the likelihood "
                     f"{likelihood.name!r} does not give"
                 )
+        self._check_views()
+        self._check_weights()
         if not advantage.per_step:
             return
         if self.objective.level == "sequence":
@@ -161,6 +163,47 @@ class PolicyConfig:
             raise UserError(
                 f"likelihood: {likelihood.name!r} takes one advantage per chain, and {advantage.name!r} gives one per "
                 "step (allowed: a likelihood of steps, such as trajectory)"
+            )
+
+    def _check_views(self) -> None:
+        made = self.likelihood.makes
+        readers: dict[str, Weighting | Regulariser] = {"weighting": self.weighting}
+        for key, one in (readers | {_key(name): one for name, one in self.in_force.items()}).items():
+            if not issubclass(made, one.reads_views):
+                raise UserError(
+                    f"{key}: {one.name!r} reads {one.reads_views.called}, and the likelihood {self.likelihood.name!r} "
+                    f"scores {made.called}"
+                )
+        order = self.likelihood.order if isinstance(self.likelihood, TrajectoryLikelihood) else None
+        if order is not None and not self.weighting.weighs_orders:
+            raise UserError(
+                f"weighting: {self.weighting.name!r} weighs tokens alone, and likelihood.order is {order.name!r} "
+                "(allowed: null, or another weighting)"
+            )
+        if self.token_filter is not None and not issubclass(made, TokenViews):
+            raise UserError(
+                f"token_filter: {self.token_filter.name!r} chooses among tokens, and the likelihood "
+                f"{self.likelihood.name!r} scores {made.called} (allowed: null)"
+            )
+
+    def _check_weights(self) -> None:
+        objective, weighting, likelihood = self.objective, self.weighting, self.likelihood
+        if weighting.carries_advantages and objective.reads_advantages:
+            raise UserError(
+                f"objective: {objective.name!r} would count the advantages that the weighting {weighting.name!r} "
+                "carries once more (allowed: an objective without any, such as fit)"
+            )
+        if weighting.carries_advantages:
+            return
+        if likelihood.makes.opposed:
+            raise UserError(
+                f"weighting: {weighting.name!r} weighs {likelihood.makes.called} alike, and the gradients of the "
+                f"likelihood {likelihood.name!r} cancel (allowed: one that carries the advantages, such as optimality)"
+            )
+        if not objective.reads_advantages:
+            raise UserError(
+                f"objective: {objective.name!r} reads no advantages, and the weighting {weighting.name!r} carries "
+                "none: nothing would say what was good (allowed: another objective)"
             )
 
 

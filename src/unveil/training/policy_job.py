@@ -64,7 +64,14 @@ class PolicyJob(Job):
             sampler.check_denoiser(self.denoiser)
             sampler.check_fits(rollout.response_length)
         policy.likelihood.check_fits(rollout.sampler, self.denoiser)
+        for key, reader in self._readers().items():
+            try:
+                check_needs(reader.needs, rollout.sampler.leaves, rollout.sampler.refused_fields())
+            except UserError as error:
+                raise UserError(f"policy.{key}: {reader.name!r} reads more than there is: {error}") from None
         check_needs(self._needs(), rollout.sampler.leaves, rollout.sampler.refused_fields())
+        if policy.shaping is not None:
+            policy.shaping.check_fits(rollout.sampler)
         if policy.groups is not None:
             policy.groups.check_fits(rollout.sampler, rollout.group_size, rollout.response_length)
         if rollout.sampler.greedy and policy.likelihood.scores_samples:
@@ -95,7 +102,7 @@ class PolicyJob(Job):
 
     def update(self, update: int, optimise: Optimise) -> dict[str, Any]:
         policy, self.rewarded = self.policy, []
-        reward = policy.reward.at(update)
+        reward = self.steps.reward = policy.reward.at(update)
         ranks = self.trainer.ranks
         rollouts = self._sampled(update)
         outcome, own = Outcome.of(rollouts, policy.advantage.features).everywhere(ranks)
@@ -304,12 +311,17 @@ class PolicyJob(Job):
 
     def _needs(self) -> set[str]:
         """The trajectory fields that somebody will read."""
+        needs = {name for reader in self._readers().values() for name in reader.needs}
+        return needs | ({"guesses"} if self.policy.advantage.reads_guesses else set())
+
+    def _readers(self) -> dict[str, Any]:
+        """Who declares the fields that it reads, by its key."""
         policy = self.policy
-        readers: list[Any] = [policy.likelihood, policy.weighting, policy.groups, policy.shaping]
-        if policy.likelihood.per_step:
-            readers.append(policy.selector)
-        needs = {name for reader in readers if reader is not None for name in reader.needs}
-        return needs | ({"guesses"} if policy.advantage.reads_guesses else set())
+        known = {
+            "likelihood": policy.likelihood, "weighting": policy.weighting, "groups": policy.groups,
+            "shaping": policy.shaping, "selector": policy.selector if policy.likelihood.per_step else None,
+        }  # fmt: skip
+        return {key: reader for key, reader in known.items() if reader is not None}
 
     def _count_failures(self, update: int, metrics: dict[str, Any]) -> bool:
         """Log and report what the reward could not score in this update. False if it scored nothing at all.
