@@ -14,14 +14,17 @@ import tiny_images as tiny
 from unveil.denoisers.continuous import Condition, ContinuousDenoiser, ContinuousSpec
 from unveil.denoisers.load import load_denoiser
 from unveil.processes.gaussian import Flow, GaussianProcess, VarianceExploding, VariancePreserving
+from unveil.processes.kernels import Ddim
 from unveil.registry import UserError
 from unveil.rewards.guidance import ClassifierGuidance
+from unveil.rewards.images import PixelStatistic
 from unveil.rewards.networks import Classifier, ClassifierShape
 from unveil.samplers.grids import Uniform
 from unveil.samplers.latent import LatentSampler
+from unveil.systems.alignprop import variant
 from unveil.tasks.base import Problem
 from unveil.tasks.evaluate import sample_problems
-from unveil.training.policy_config import RolloutConfig
+from unveil.training.policy_config import PolicyConfig, RolloutConfig
 
 CENTRES, WIDTH = torch.tensor([-1.2, 0.4, 1.5], dtype=torch.float64), 0.35
 PATHS: list[GaussianProcess] = [Flow(), VariancePreserving(), VarianceExploding(sigma_max=20.0, rho=3.0)]
@@ -126,6 +129,15 @@ def test_steps_are_scored_as_they_were_drawn(tmp_path: Path) -> None:
     policy = tiny.policy(rollout=vars(RolloutConfig(sampler=tiny.sampler(guidance=lead), prompts=2, group_size=4)))
     job = tiny.job(tmp_path, policy)
     assert job.update(0, job.trainer.optimise)["ratio_deviation"] < 1e-6
+
+
+def test_chains_that_it_led_can_be_run_again_with_gradients(tmp_path: Path) -> None:
+    sampler = tiny.sampler(kernel=Ddim(eta=0.0), guidance=guidance(judge(), scale=0.5))
+    rollout = RolloutConfig(sampler=sampler, prompts=2, group_size=2)
+    light = PixelStatistic(statistic="brightness")
+    job = tiny.job(tmp_path, PolicyConfig(task=tiny.Bright(), reward=light, rollout=rollout, **vars(variant("draft"))))
+    said = job.update(0, job.trainer.optimise)
+    assert said["grad_norm"] > 0 and said["skipped"] == 0
 
 
 def test_classes_are_held_once_per_encoding_and_follow_rows() -> None:

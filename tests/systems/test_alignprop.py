@@ -17,14 +17,14 @@ from unveil.denoisers.load import load_denoiser
 from unveil.learning.regularisers import Velocity
 from unveil.learning.views import Asked
 from unveil.processes.gaussian import Flow, GaussianProcess, VariancePreserving
-from unveil.processes.kernels import Ddim, FlowSde
+from unveil.processes.kernels import Ddim, FlowSde, Tau
 from unveil.registry import UserError
 from unveil.rewards.base import Correct, Part, Reward, Sum
 from unveil.rewards.images import ClassProbability, JpegSize, PixelStatistic
 from unveil.samplers.differentiable import run_again
 from unveil.samplers.guidance import ClassifierFree
-from unveil.samplers.latent import LatentSampler
-from unveil.samplers.latent_solvers import Churn, DpmSolver2M, Heun, SdeDpmSolver2M
+from unveil.samplers.latent import LatentSampler, Split
+from unveil.samplers.latent_solvers import Churn, DpmSolver2M, Heun, SaSolver, SdeDpmSolver2M
 from unveil.samplers.latents import LatentTrajectory, Noise
 from unveil.samplers.trajectory import concatenate
 from unveil.samplers.windows import Span
@@ -56,6 +56,7 @@ SAMPLERS = {
     "heun": tiny.sampler(kernel=ODE, solver=Heun()),
     "dpmpp_2m": tiny.sampler(kernel=ODE, solver=DpmSolver2M()),
     "dpmpp_2m_sde": tiny.sampler(kernel=Ddim(eta=1.0), solver=SdeDpmSolver2M()),
+    "sa": tiny.sampler(kernel=Tau(tau=0.6, low=0.3), solver=SaSolver()),
     "churn": tiny.sampler(kernel=ODE, churn=Churn(amount=2.0)),
     "cfg": tiny.sampler(kernel=Ddim(eta=1.0), guidance=ClassifierFree(scale=2.0)),
     "rescaled cfg": tiny.sampler(kernel=ODE, guidance=ClassifierFree(scale=2.0, rescale=0.5)),
@@ -441,7 +442,26 @@ def test_parts_of_a_sum_that_are_only_watched_need_no_gradient(tmp_path: Path) -
     policy(variant("draft"), reward=both)
 
 
+def test_a_curriculum_changes_what_is_climbed(tmp_path: Path) -> None:
+    """At an update at which a part rests, the gradient is that of the other one alone."""
+    light = PixelStatistic(statistic="brightness")
+    parts = {"look": Part(reward=LOOK), "light": Part(reward=light, weight=3.0, updates=[(1, None)])}
+
+    def after(reward: Reward, update: int) -> list[Tensor]:
+        job = tiny.job(tmp_path / "run", policy(variant("draft"), reward=reward))
+        job.update(update, job.trainer.optimise)
+        return [one.detach().clone() for one in job.denoiser.parameters()]
+
+    resting, both = after(Sum(parts=parts), 0), after(Sum(parts=parts), 1)
+    assert all(map(torch.equal, resting, after(LOOK, 0)))
+    later = Sum(parts={"look": Part(reward=LOOK), "light": Part(reward=light, weight=3.0)})
+    assert all(map(torch.equal, both, after(later, 1))) and not torch.equal(both[-1], after(LOOK, 1)[-1])
+
+
 def test_a_window_is_refused(tmp_path: Path) -> None:
     config = policy(variant("draft"), tiny.sampler(window=Span(start=0, length=2)))
     with pytest.raises(UserError, match=r"policy\.rollout\.sampler\.window: 'span' chooses steps for a policy"):
+        tiny.job(tmp_path, config)
+    config = policy(variant("draft"), tiny.sampler(share="prefix", splits=[Split(left=2, leaves=2)]))
+    with pytest.raises(UserError, match=r"policy\.rollout\.sampler\.splits: chains with steps in common"):
         tiny.job(tmp_path, config)

@@ -126,6 +126,9 @@ class _Held:
     def condition(self, prompts: Sequence[str]) -> Condition:
         return self.denoiser.condition(prompts)
 
+    def decode(self, x_0: Tensor) -> Tensor:
+        return self.denoiser.decode(x_0)
+
     def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Guidance lays the samples out several times, one after the other."""
         if not bool(self.live.any()):

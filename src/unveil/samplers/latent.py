@@ -27,6 +27,16 @@ from unveil.samplers.windows import Everywhere, Window
 from unveil.seeds import derive_seed, derive_seeds, normal_rows
 
 
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """A further point at which chains go apart, behind the one where the window begins."""
+
+    left: Annotated[int, Field(ge=1)]
+    """Steps that are left there."""
+    leaves: Annotated[int, Field(ge=2)]
+    """Chains that are one until then."""
+
+
 class Move(NamedTuple):
     """One step of B chains.
 
@@ -79,11 +89,23 @@ class LatentSampler(Sampler, name="latent"):
     is then computed once (branches of one stem)."""
     branches: Annotated[int, Field(ge=1)] | None = None
     """Chains that share; None: all those of a problem."""
+    splits: list[Split] = field(default_factory=list)
+    """With ``share: prefix`` a tree: a stem's branches go apart where the window begins, and again at each of these, in
+    the order of the steps."""
 
     def __post_init__(self) -> None:
         self.window.check_fits(self.steps)
         if self.branches is not None and self.share == "nothing":
             raise UserError("branches: the chains share nothing (allowed with share: noise, prefix)")
+        if self.splits and self.share != "prefix":
+            raise UserError(f"splits: the chains share {self.share} (allowed with share: prefix)")
+        left, leaves = self.steps, self.branches
+        for number, split in enumerate(self.splits):
+            if split.left >= left:
+                raise UserError(f"splits.{number}.left: should be below {left}, got {split.left}")
+            if leaves is not None and (leaves % split.leaves or split.leaves == leaves):
+                raise UserError(f"splits.{number}.leaves: should divide {leaves} into several, got {split.leaves}")
+            left, leaves = split.left, split.leaves
         for key, kernel in (("kernel", self.kernel), ("outside", self.outside)):
             if self.solver.reads_std and kernel.stochastic and not kernel.mixes:
                 raise UserError(
@@ -207,8 +229,23 @@ class LatentSampler(Sampler, name="latent"):
         return _Chains(self, denoiser, start, seeds, needs).run()
 
 
+class _Level:
+    """Steps from ``start`` on at which the chains with one seed are one row. Their first chain stands for all."""
+
+    def __init__(self, start: int, seeds: Sequence[int], device: torch.device, *, apart: bool = False) -> None:
+        """``seeds`` (B) of every chain; ``apart``: each chain is a row, whatever its seed."""
+        names = list(range(len(seeds))) if apart else list(seeds)
+        rows = list(dict.fromkeys(names))
+        order = {name: number for number, name in enumerate(rows)}
+        self.start = start
+        self.first = torch.tensor([names.index(row) for row in rows])
+        self.seeds = [seeds[chain] for chain in self.first.tolist()]
+        self.row_of = torch.tensor([order[name] for name in names], device=device)
+        """(B,) the row of each chain."""
+
+
 class _Chains:
-    """The chains of one batch. Before the window there may be fewer rows than chains: one per stem."""
+    """The chains of one batch. There may be fewer rows than chains: one per stem, then one per branch of it."""
 
     def __init__(
         self,
@@ -224,17 +261,11 @@ class _Chains:
         self.steps = len(self.times) - 1
         self.inside = sampler.inside(self.steps)
         first = int(self.inside.nonzero()[0]) if bool(self.inside.any()) else self.steps
-        self.own_from = first if sampler.share == "prefix" else 0
-        stems = self._stems(start)
-        # Before `own_from` there is a row per stem; chain b then continues row stem_of[b]. A stem's first chain stands
-        # for all of its chains.
-        self.stems = list(dict.fromkeys(stems))
-        order = {stem: number for number, stem in enumerate(self.stems)}
-        self.first_of = torch.tensor([stems.index(stem) for stem in self.stems])
-        self.stem_of = torch.tensor([order[stem] for stem in stems], device=self.device)
+        self.levels = self._levels(start, first if sampler.share == "prefix" else 0)
+        self.level = self.levels.pop(0)
         self.batch = len(start)
         self.condition = start.condition.to(self.device)
-        self.x = self._initial(start.initial, stems)
+        self.x = self._initial(start)
         self.memory: Memory = {}
         self.forwards = 0
         self.states: list[Tensor] = []
@@ -242,17 +273,23 @@ class _Chains:
         self.noisy: list[bool] = []
 
     def run(self) -> LatentTrajectory:
-        told = self.condition
-        if self.own_from:
-            told = told.rows(self.first_of)
         for step in range(self.steps):
-            if step == self.own_from and step > 0:
-                self.x, told = self.x[self.stem_of], self.condition
-                self.memory = {name: value[self.stem_of.to(value.device)] for name, value in self.memory.items()}
-            self._step(step, told)
-        if self.own_from == self.steps:
-            self.x = self.x[self.stem_of]
+            while self.levels and self.levels[0].start == step:
+                self._part(self.levels.pop(0))
+            self._step(step, self.condition if not self.levels else self.condition.rows(self.level.first))
+        self.x = self._of_chains(self.x)
         return self._trajectory()
+
+    def _part(self, level: _Level) -> None:
+        """Go on with the rows of another level."""
+        rows = self.level.row_of[level.first.to(self.device)]
+        self.x = self.x[rows]
+        self.memory = {name: value[rows.to(value.device)] for name, value in self.memory.items()}
+        self.level = level
+
+    def _of_chains(self, value: Tensor) -> Tensor:
+        """(B, ...) of a value per row."""
+        return value if len(value) == self.batch else value[self.level.row_of.to(value.device)]
 
     def _step(self, step: int, condition: Condition) -> None:
         sampler, count = self.sampler, len(self.x)
@@ -278,22 +315,36 @@ class _Chains:
         number = [0 if size is None else copy // size for copy in start.copies]
         return [derive_seed(problem, "stem", place) for problem, place in zip(start.problems, number, strict=True)]
 
-    def _initial(self, given: Tensor | None, stems: list[int]) -> Tensor:
+    def _levels(self, start: Noise, own_from: int) -> list[_Level]:
+        """Stems up to step ``own_from``, then the branches of every split, then each chain by itself."""
+        levels, begin = [], 0
+        if own_from:
+            levels, begin = [_Level(0, self._stems(start), self.device)], own_from
+        for split in self.sampler.splits:
+            end = self.steps - split.left
+            if end > begin:
+                number = [copy // split.leaves for copy in start.copies]
+                pairs = zip(start.problems, number, strict=True)
+                seeds = [derive_seed(problem, "split", split.left, place) for problem, place in pairs]
+                levels.append(_Level(begin, seeds, self.device))
+                begin = end
+        return [*levels, _Level(begin, self.seeds, self.device, apart=True)]
+
+    def _initial(self, start: Noise) -> Tensor:
         """The states that the rows start from."""
-        if given is not None:
-            return (given[self.first_of] if self.own_from else given).to(self.device, torch.float32)
-        noise = _drawn(self.denoiser, self.stems if self.own_from else stems, "initial")
+        chains = self.level.first
+        if start.initial is not None:
+            return start.initial[chains].to(self.device, torch.float32)
+        own = self._stems(start)
+        noise = _drawn(self.denoiser, [own[chain] for chain in chains.tolist()], "initial")
         return noise * spread(self.process.sigma(self.times[:1]), noise)
 
     def _noise(self, step: int) -> Tensor:
-        return step_noise(self.denoiser, self.stems if step < self.own_from else self.seeds, step)
+        return step_noise(self.denoiser, self.level.seeds, step)
 
     def _record(self, x: Tensor, move: Move) -> None:
-        def all_chains(value: Tensor) -> Tensor:
-            return (value if len(value) == self.batch else value[self.stem_of.to(value.device)]).cpu()
-
         if self.needs & {"latents", "scored"}:
-            self.states.append(all_chains(x))
+            self.states.append(self._of_chains(x).cpu())
         for name in self.kept:
             if name == "guesses":
                 value = move.guess.x0
@@ -305,7 +356,7 @@ class _Chains:
                 value = move.gaussian.log_prob(move.after, "sum")
             else:
                 value = torch.zeros(len(x), dtype=torch.float64)
-            self.kept[name].append(all_chains(value))
+            self.kept[name].append(self._of_chains(value).cpu())
 
     def _trajectory(self) -> LatentTrajectory:
         samples, noisy = self.x.cpu(), torch.tensor(self.noisy)

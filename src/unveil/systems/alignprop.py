@@ -142,6 +142,11 @@ class RewardLikelihood(FinishedLikelihood):
                 f"policy.rollout.sampler.window: {sampler.window.name!r} chooses steps for a policy gradient, and "
                 f"{self.name!r} has none (allowed: everywhere)"
             )
+        if sampler.splits:
+            raise UserError(
+                f"policy.rollout.sampler.splits: chains with steps in common are no chains of their own, which "
+                f"{self.name!r} runs again (allowed: [])"
+            )
 
     def views(
         self,

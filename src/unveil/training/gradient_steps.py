@@ -103,12 +103,13 @@ class Batch:
 
 
 class GradientSteps:
-    """Makes and scores batches by one method; ``spent`` counts network evaluations since it was last set to 0."""
+    """Makes and scores batches by one method; ``spent`` counts network evaluations since it was last set to 0,
+    ``reward`` is that of the present update."""
 
     def __init__(self, trainer: Trainer, policy: PolicyConfig) -> None:
         self.trainer, self.policy = trainer, policy
         self.denoiser = trainer.denoiser
-        self.spent = 0
+        self.spent, self.reward = 0, policy.reward
 
     def batch(self, rollouts: Rollouts, advantages: Tensor, chosen: Tensor, inner: Inner, *, keep_old: bool) -> Batch:
         """The batch of one gradient step, before the first of them: the present policy is the one that drew the chains.
@@ -156,7 +157,7 @@ class GradientSteps:
     def _asked(self, rollouts: Rollouts) -> Asked:
         problems, verdicts = rollouts.problems, rollouts.judged.verdicts
         return Asked(
-            reward=self.policy.reward,
+            reward=self.reward,
             prompts=[problem.prompt for problem in problems],
             metadata=[
                 about(problem, verdict.correct, verdict.score, verdict.metrics)

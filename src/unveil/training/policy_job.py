@@ -102,7 +102,7 @@ class PolicyJob(Job):
 
     def update(self, update: int, optimise: Optimise) -> dict[str, Any]:
         policy, self.rewarded = self.policy, []
-        reward = policy.reward.at(update)
+        reward = self.steps.reward = policy.reward.at(update)
         ranks = self.trainer.ranks
         rollouts = self._sampled(update)
         outcome, own = Outcome.of(rollouts, policy.advantage.features).everywhere(ranks)
