@@ -235,10 +235,11 @@ class _Level:
     def __init__(self, start: int, seeds: Sequence[int], device: torch.device, *, apart: bool = False) -> None:
         """``seeds`` (B) of every chain; ``apart``: each chain is a row, whatever its seed."""
         names = list(range(len(seeds))) if apart else list(seeds)
+        first = {name: chain for chain, name in reversed(list(enumerate(names)))}
         rows = list(dict.fromkeys(names))
         order = {name: number for number, name in enumerate(rows)}
         self.start = start
-        self.first = torch.tensor([names.index(row) for row in rows])
+        self.first = torch.tensor([first[row] for row in rows])
         self.seeds = [seeds[chain] for chain in self.first.tolist()]
         self.row_of = torch.tensor([order[name] for name in names], device=device)
         """(B,) the row of each chain."""
