@@ -15,7 +15,7 @@ from unveil.rewards.images import data_url
 from unveil.samplers.latents import LatentTrajectory, Noise
 from unveil.tasks.medium import Medium, Origins, Sample
 
-_DECODED = 64
+DECODED = 64
 """Latents that are decoded at a time."""
 
 
@@ -43,7 +43,7 @@ class Image(Medium, name="image"):
 
     @torch.no_grad()
     def samples(self, denoiser: ContinuousDenoiser, states: Tensor) -> list[Sample]:
-        parts = [denoiser.decode(part.to(denoiser.device)).float().cpu() for part in states.split(_DECODED)]
+        parts = [denoiser.decode(part.to(denoiser.device)).float().cpu() for part in states.split(DECODED)]
         return [image for part in parts for image in part]
 
     def key(self, sample: Sample) -> Hashable:

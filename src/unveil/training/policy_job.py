@@ -64,7 +64,7 @@ class PolicyJob(Job):
             sampler.check_denoiser(self.denoiser)
             sampler.check_fits(rollout.response_length)
         policy.likelihood.check_fits(rollout.sampler, self.denoiser)
-        check_needs(self._needs(), rollout.sampler.leaves, rollout.sampler.refused_fields())
+        check_needs(policy.needs, rollout.sampler.leaves, rollout.sampler.refused_fields())
         if policy.groups is not None:
             policy.groups.check_fits(rollout.sampler, rollout.group_size, rollout.response_length)
         if rollout.sampler.greedy and policy.likelihood.scores_samples:
@@ -244,7 +244,7 @@ class PolicyJob(Job):
                 trajectory = sample_problems(
                     self.denoiser, problems[part], sampler or self._sampler(update),
                     response_length=rollout.response_length, seed=derive_seed(self.seed, "rollout", update, *own),
-                    needs=self._needs(), batch_size=rollout.batch_size, copies=numbers[part], **how,
+                    needs=self.policy.needs, batch_size=rollout.batch_size, copies=numbers[part], **how,
                 )  # fmt: skip
             # Ranks are asked once at the end of an update: a hook may draw on some of them only.
             self.rolled += len(problems[part])
@@ -299,15 +299,6 @@ class PolicyJob(Job):
         assert isinstance(rollout.sampler, MaskedSampler)
         pick = derive_seed(self.seed, "block length", update) % len(rollout.block_lengths)
         return replace(rollout.sampler, block_length=rollout.block_lengths[pick])
-
-    def _needs(self) -> set[str]:
-        """The trajectory fields that somebody will read."""
-        policy = self.policy
-        readers: list[Any] = [policy.likelihood, policy.weighting, policy.groups, policy.shaping]
-        if policy.likelihood.per_step:
-            readers.append(policy.selector)
-        needs = {name for reader in readers if reader is not None for name in reader.needs}
-        return needs | ({"guesses"} if policy.advantage.reads_guesses else set())
 
     def _count_failures(self, update: int, metrics: dict[str, Any]) -> bool:
         """Log and report what the reward could not score in this update. False if it scored nothing at all.
