@@ -29,6 +29,7 @@ from unveil.denoisers.continuous import Condition
 from unveil.denoisers.flow_transformers import Flux, StableDiffusion3
 from unveil.denoisers.load import load_denoiser
 from unveil.denoisers.pipelines import PipelineDenoiser, PipelineOptions
+from unveil.denoisers.shells import encoded, shell
 from unveil.denoisers.stable_diffusion import StableDiffusion, StableDiffusionXl
 from unveil.processes.gaussian import Flow, Guess, Prediction, VariancePreserving
 from unveil.processes.kernels import Ddim, Tau, deterministic
@@ -443,3 +444,32 @@ def test_sa_solver_steps_agree(tau: float, order: int, corrector: int) -> None:
         z = torch.randn(ours.shape, generator=own_noise, dtype=torch.float64)
         ours = kernel.step(Flow(), better, ours, t, s).sample(z)
         torch.testing.assert_close(ours, x, rtol=1e-9, atol=1e-9)
+
+
+@ALL
+def test_a_shell_has_the_shapes_of_the_model(kind: str, tmp_path: Path) -> None:
+    denoiser = opened(kind)
+    denoiser.save_pretrained(tmp_path)
+    where, empty = shell(str(tmp_path), OPTIONS)
+    assert where == str(tmp_path / "model_index.json") and empty.spec == denoiser.spec
+    shapes, real = ({name: one.shape for name, one in net.named_parameters()} for net in (empty, denoiser))
+    assert shapes == real and {one.device.type for one in empty.parameters()} == {"meta"}
+    read, told = encoded(empty).tensors, denoiser.condition(PROMPTS[:1]).tensors
+    assert {name: value.shape for name, value in read.items()} == {name: value.shape for name, value in told.items()}
+
+
+def test_known_pipelines_have_their_published_sizes() -> None:
+    sizes = {
+        "CompVis/stable-diffusion-v1-4": {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480},
+        "stabilityai/stable-diffusion-3.5-medium": {
+            "transformer": 2_243_171_520, "vae": 83_819_683, "text_encoder": 123_650_304,
+            "text_encoder_2": 694_659_840, "text_encoder_3": 4_762_310_656,
+        },
+    }  # fmt: skip
+    for name, parts in sizes.items():
+        _, empty = shell(name, PipelineOptions(resolution=512))
+        assert isinstance(empty, PipelineDenoiser) and empty.spec.shape[1:] == (64, 64)
+        counted = {part: sum(one.numel() for one in getattr(empty.pipe, part).parameters()) for part in parts}
+        assert counted == parts
+    with pytest.raises(UserError, match=r"model\.path: nothing is known of 'someone/pictures'"):
+        shell("someone/pictures", None)

@@ -26,6 +26,8 @@ class Advantage(Plugin, family="advantage"):
     """True if the steps of a chain differ in their advantages."""
     reads_parts: ClassVar[bool] = False
     """True if it wants the parts of a sum of rewards apart: `mix` is then asked instead of `advantages`."""
+    by_group: ClassVar[bool] = False
+    """True if a sample is compared with the others of its group alone: small groups then make it mostly noise."""
     by_prompt: ClassVar[bool] = False
     """True if chains belong together by their prompt: equal prompts have equal ids, at every update of every run."""
     features: Features | None = None
@@ -67,6 +69,7 @@ class Advantage(Plugin, family="advantage"):
 class GroupAdvantage(Advantage, name="group"):
     """The finished response's reward against its group: (r - mean) / std, the same at every step (GRPO)."""
 
+    by_group: ClassVar[bool] = True
     center: Literal["mean", "leave_one_out"] = "mean"
     """What is subtracted: the group's mean, or the mean of the others (RLOO)."""
     scale: Literal["std", "batch_std", "none"] = "std"
@@ -160,6 +163,7 @@ class Mixed(Advantage, name="mixed"):
     """Normalise, then sum: each part of a sum of rewards becomes an advantage by itself, and these are added with the
     parts' weights. A reward of large spread then no longer drowns the others (MixGRPO, 2507.21802; GDPO)."""
 
+    by_group: ClassVar[bool] = True
     reads_parts = True
 
     of: Advantage = field(default_factory=GroupAdvantage)

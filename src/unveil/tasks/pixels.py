@@ -16,7 +16,7 @@ from unveil.rewards.images import data_url
 from unveil.samplers.latents import LatentTrajectory, Noise
 from unveil.tasks.medium import Medium, Origins, Sample
 
-_DECODED = 64
+DECODED = 64
 """Latents that are decoded at a time."""
 SAMPLE_SIDE, FILM_SIDE = 256, 128
 """Longest side in pixels of the samples and of the films that a run keeps: a film of 512 x 512 would hold megabytes per
@@ -47,7 +47,7 @@ class Image(Medium, name="image"):
 
     @torch.no_grad()
     def samples(self, denoiser: ContinuousDenoiser, states: Tensor) -> list[Sample]:
-        parts = [denoiser.decode(part.to(denoiser.device)).float().cpu() for part in states.split(_DECODED)]
+        parts = [denoiser.decode(part.to(denoiser.device)).float().cpu() for part in states.split(DECODED)]
         return [image for part in parts for image in part]
 
     def key(self, sample: Sample) -> Hashable:

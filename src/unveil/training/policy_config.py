@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -21,6 +21,9 @@ from unveil.samplers.base import Sampler
 from unveil.tasks.base import Task
 from unveil.tasks.evaluate import Judged
 from unveil.training.rollouts import GroupHook, Shaping
+
+SMALL = 8
+"""Samples per group, and prompts per update, below which group-relative advantages on images are mostly noise."""
 
 
 class ProblemFilter(Plugin, family="filter"):
@@ -117,6 +120,33 @@ class PolicyConfig:
         if self.rollout.drawn_by != "policy":
             wanted[self.rollout.drawn_by] = "policy.rollout.drawn_by"
         return wanted
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is allowed and mostly fails."""
+        rollout = self.rollout
+        small = self.task.medium == "image" and min(rollout.group_size, rollout.prompts) < SMALL
+        if not (small and self.advantage.by_group):
+            return []
+        return [
+            f"policy.rollout: group_size {rollout.group_size} and {rollout.prompts} prompts make advantages mostly "
+            f"noise; runs of images by {self.advantage.name!r} often collapse with fewer than {SMALL} of either"
+        ]
+
+    @property
+    def needs(self) -> set[str]:
+        """The trajectory fields that somebody will read."""
+        needs = {name for reader in self.readers.values() for name in reader.needs}
+        return needs | ({"guesses"} if self.advantage.reads_guesses else set())
+
+    @property
+    def readers(self) -> dict[str, Any]:
+        """Who declares the trajectory fields that it reads, by its key."""
+        known = {
+            "likelihood": self.likelihood, "weighting": self.weighting, "groups": self.groups,
+            "shaping": self.shaping, "selector": self.selector if self.likelihood.per_step else None,
+        }  # fmt: skip
+        return {key: reader for key, reader in known.items() if reader is not None}
 
     def __post_init__(self) -> None:
         advantage, likelihood = self.advantage, self.likelihood

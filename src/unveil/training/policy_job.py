@@ -64,12 +64,12 @@ class PolicyJob(Job):
             sampler.check_denoiser(self.denoiser)
             sampler.check_fits(rollout.response_length)
         policy.likelihood.check_fits(rollout.sampler, self.denoiser)
-        for key, reader in self._readers().items():
+        for key, reader in policy.readers.items():
             try:
                 check_needs(reader.needs, rollout.sampler.leaves, rollout.sampler.refused_fields())
             except UserError as error:
                 raise UserError(f"policy.{key}: {reader.name!r} reads more than there is: {error}") from None
-        check_needs(self._needs(), rollout.sampler.leaves, rollout.sampler.refused_fields())
+        check_needs(policy.needs, rollout.sampler.leaves, rollout.sampler.refused_fields())
         if policy.shaping is not None:
             policy.shaping.check_fits(rollout.sampler)
         if policy.groups is not None:
@@ -252,7 +252,7 @@ class PolicyJob(Job):
                 trajectory = sample_problems(
                     self.denoiser, problems[part], sampler or self._sampler(update),
                     response_length=rollout.response_length, seed=derive_seed(self.seed, "rollout", update, *own),
-                    needs=self._needs(), batch_size=rollout.batch_size, copies=numbers[part], **how,
+                    needs=self.policy.needs, batch_size=rollout.batch_size, copies=numbers[part], **how,
                 )  # fmt: skip
             # Ranks are asked once at the end of an update: a hook may draw on some of them only.
             self.rolled += len(problems[part])
@@ -308,20 +308,6 @@ class PolicyJob(Job):
         assert isinstance(rollout.sampler, MaskedSampler)
         pick = derive_seed(self.seed, "block length", update) % len(rollout.block_lengths)
         return replace(rollout.sampler, block_length=rollout.block_lengths[pick])
-
-    def _needs(self) -> set[str]:
-        """The trajectory fields that somebody will read."""
-        needs = {name for reader in self._readers().values() for name in reader.needs}
-        return needs | ({"guesses"} if self.policy.advantage.reads_guesses else set())
-
-    def _readers(self) -> dict[str, Any]:
-        """Who declares the fields that it reads, by its key."""
-        policy = self.policy
-        known = {
-            "likelihood": policy.likelihood, "weighting": policy.weighting, "groups": policy.groups,
-            "shaping": policy.shaping, "selector": policy.selector if policy.likelihood.per_step else None,
-        }  # fmt: skip
-        return {key: reader for key, reader in known.items() if reader is not None}
 
     def _count_failures(self, update: int, metrics: dict[str, Any]) -> bool:
         """Log and report what the reward could not score in this update. False if it scored nothing at all.
