@@ -31,7 +31,7 @@ IMAGE = {system.name for system in catalogue() if system.family == "image"}
 CPU = sorted(
     f"{path.parent.name}/{path.stem}"
     for path in RECIPES.glob("*/*.yaml")
-    if path.parent.name in IMAGE and path.stem != "full"
+    if path.parent.name in IMAGE - {"alignprop"} and path.stem not in ("full", "multi")
 )
 SMALL = ("policy.rollout.prompts=2", "eval.problems=1", "eval.shown=0", "log.tensorboard=false")
 
@@ -170,6 +170,12 @@ def test_a_filter_cannot_be_planned() -> None:
     recipe.policy.filter = type("Filter", (), {"name": "mine"})()  # type: ignore[assignment]
     with pytest.raises(UserError, match=r"policy\.filter: 'mine' draws what cannot be counted beforehand"):
         rehearse(recipe, denoiser.spec)
+
+
+def test_a_chain_that_is_run_again_cannot_be_planned() -> None:
+    recipe = recipe_of("alignprop/cpu")
+    with pytest.raises(UserError, match=r"policy\.likelihood: 'rollout_reward' runs chains again"):
+        rehearse(recipe, shell(recipe.model.path, None)[1].spec)
 
 
 def test_a_chain_counts_solver_and_guidance() -> None:

@@ -98,9 +98,14 @@ def rehearse(recipe: TrainRecipe, spec: ContinuousSpec) -> tuple[list[Update], C
     """All updates of a run on a denoiser with that spec, and what they come to.
 
     Raises:
-        UserError: the recipe does not fit, as the run would say, or draws more than its groups.
+        UserError: the recipe does not fit, as the run would say, draws more than its groups, or differentiates rewards.
     """
     policy, rollout = recipe.policy, recipe.policy.rollout
+    if policy.likelihood.differentiates:
+        raise UserError(
+            f"policy.likelihood: {policy.likelihood.name!r} runs chains again, which is not counted beforehand (allowed "
+            "here: those that score stored steps or noised copies)"
+        )
     for key, value in (("filter", policy.filter), ("groups", policy.groups)):
         if value is not None:
             raise UserError(
