@@ -245,7 +245,7 @@ def test_adapters_are_saved_as_the_pipeline_reads_them(kind: str, tmp_path: Path
         torch.testing.assert_close(other.predict(x, t, condition), tuned, atol=1e-5, rtol=1e-4)
         merged = adapter.merge()
         torch.testing.assert_close(merged.predict(x, t, condition), tuned, atol=1e-5, rtol=1e-4)  # type: ignore[operator]
-    with pytest.raises(UserError, match=r"--lora: .* holds no adapters"):
+    with pytest.raises(UserError, match="nowhere' holds no adapters"):
         other.load_adapter(tmp_path / "nowhere")
 
 

@@ -67,7 +67,10 @@ def measured(args: argparse.Namespace, task: Task) -> list[dict[str, Any]]:
     if args.lora is not None:
         if not isinstance(denoiser, PipelineDenoiser):
             raise UserError(f"--lora: {args.model!r} is no published pipeline (allowed with those alone)")
-        denoiser.load_adapter(args.lora)
+        try:
+            denoiser.load_adapter(args.lora)
+        except UserError as error:
+            raise UserError(f"--lora: {error}") from error
     _check_fits(denoiser, task, problems, cells)
     chains = [problem for problem in problems for _ in range(args.samples)]
     try:
@@ -122,10 +125,10 @@ def _all(
 
 
 def heads(cells: Sequence[Cell]) -> list[str]:
-    """Short names: those settings of each decoder that not all have in common."""
+    """Short names: the number of each decoder, and those of its settings that not all have in common."""
     settings = [cell.settings() for cell in cells]
     names = [name for name in settings[0] if len({str(one[name]) for one in settings}) > 1]
-    return [" ".join(str(one[name]) for name in names) for one in settings]
+    return [" ".join([f"{place:02d}", *(str(one[name]) for name in names)]) for place, one in enumerate(settings)]
 
 
 def _drawn(

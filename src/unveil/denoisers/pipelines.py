@@ -191,14 +191,14 @@ class PipelineDenoiser(ContinuousDenoiser):
             UserError: there are none, or they are of another network.
         """
         if not any(Path(folder).glob("*.safetensors")):
-            raise UserError(f"--lora: {str(folder)!r} holds no adapters (allowed: a folder with .safetensors)")
+            raise UserError(f"{str(folder)!r} holds no adapters (allowed: a folder with .safetensors)")
         try:
             self.pipe.load_lora_weights(str(folder), local_files_only=True)
             self.pipe.fuse_lora()
             self.pipe.unload_lora_weights()
         except Exception as error:  # files of another network may fail in any of the library's ways
             reason = (str(error).strip() or repr(error)).splitlines()[0]
-            raise UserError(f"--lora: {str(folder)!r} does not fit the model: {reason}") from error
+            raise UserError(f"adapters {str(folder)!r} do not fit the model: {reason}") from error
 
     def save_adapter(self, wrapped: Any, folder: Path) -> None:
         """pytorch_lora_weights.safetensors, as ``load_lora_weights`` of the pipeline reads it."""
