@@ -103,8 +103,8 @@ def rehearse(recipe: TrainRecipe, spec: ContinuousSpec) -> tuple[list[Update], C
     policy, rollout = recipe.policy, recipe.policy.rollout
     if policy.likelihood.differentiates:
         raise UserError(
-            f"policy.likelihood: {policy.likelihood.name!r} runs chains again, which is not counted beforehand (allowed "
-            "here: those that score stored steps or noised copies)"
+            f"policy.likelihood: {policy.likelihood.name!r} runs chains again, which is not counted beforehand "
+            "(allowed here: those that score stored steps or noised copies)"
         )
     for key, value in (("filter", policy.filter), ("groups", policy.groups)):
         if value is not None:
