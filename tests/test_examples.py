@@ -45,6 +45,7 @@ from unveil.samplers.solvers import Solver
 from unveil.samplers.transforms import Transform
 from unveil.samplers.windows import Window
 from unveil.systems import catalogue
+from unveil.systems.alignprop import Truncation
 from unveil.tasks.base import Task
 from unveil.tasks.medium import Medium
 from unveil.training.policy_config import ProblemFilter
@@ -156,6 +157,20 @@ def test_the_python_example_of_the_readme_runs() -> None:
     assert lines[1] == "0" + " <mask>" * 12
 
 
+def test_the_python_example_of_images_runs(tmp_path: Path) -> None:
+    (code,) = fences(ROOT / "docs" / "images.md", "python")
+    lines = run_python("-c", code.replace("digit.png", str(tmp_path / "digit.png"))).splitlines()
+    assert re.fullmatch(r"[\d.]+% are what was asked for", lines[0])
+    assert lines[1].endswith(" (1, 8, 8) (1, 10, 1, 8, 8)") and (tmp_path / "digit.png").is_file()
+
+
+def test_the_reward_of_the_example_is_one_for_mirror_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    symmetric = importlib.import_module("examples.my_image_reward").symmetric
+    images = torch.tensor([[[[0.2, 0.7, 0.2]]], [[[0.0, 0.5, 0.6]]]])
+    assert torch.allclose(symmetric(images, ("", ""), ({}, {}))[0], torch.tensor([1.0, 0.6]))
+
+
 @pytest.mark.parametrize(("page", "command"), sorted(set(commands())))
 def test_every_command_line_of_the_documentation_is_valid(
     page: str, command: str, monkeypatch: pytest.MonkeyPatch
@@ -217,6 +232,7 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
         Advantage,
         Selector,
         Likelihood,
+        Truncation,
         TokenFilter,
         Objective,
         Weighting,

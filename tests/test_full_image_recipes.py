@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import pipelines
+from unveil.cli.main import main
 from unveil.recipe import build, load
 from unveil.systems import catalogue
 from unveil.training.runs import TrainRecipe, train
@@ -21,7 +22,11 @@ from unveil.training.runs import TrainRecipe, train
 RECIPES = Path(pipelines.__file__).parent.parent / "src" / "unveil" / "recipes"
 FULL = [system.name for system in catalogue() if (RECIPES / system.name / "full.yaml").is_file()]
 IMAGE = [system.name for system in catalogue() if system.family == "image" and system.name in FULL]
-KINDS = {"CompVis/stable-diffusion-v1-4": "sd", "stabilityai/stable-diffusion-3.5-medium": "sd3"}
+KINDS = {
+    "CompVis/stable-diffusion-v1-4": "sd",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd",
+    "stabilityai/stable-diffusion-3.5-medium": "sd3",
+}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +58,7 @@ def cut_down(name: str, folder: Path) -> TrainRecipe:
     model["pipeline"] |= {"resolution": 16} | ({"prompt_tokens": 12} if "prompt_tokens" in model["pipeline"] else {})
     model["lora"]["rank"] = 2
     policy["task"] |= {"train_file": str(folder / "prompts.txt")}
-    policy |= {key: without_large_networks(policy[key]) for key in ("task", "reward", "advantage")}
+    policy |= {key: without_large_networks(policy[key]) for key in ("task", "reward", "advantage") if key in policy}
     if policy["likelihood"].get("draws"):
         policy["likelihood"]["draws"] = 2
     rollout = policy["rollout"]
@@ -87,6 +92,28 @@ def test_two_updates(name: str, folder: Path, tmp_path: Path) -> None:
     )
     moved = {key for key, value in before.items() if not torch.equal(value.to(after[key].dtype), after[key])}
     assert moved and all("attn" in key for key in moved) and before.keys() == after.keys()
+
+
+def test_a_pipeline_is_evaluated(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    judge = ("task.judge={name: pixels, statistic: brightness}", "task.solved_at=0.4")
+    task = (
+        "--task",
+        "prompts",
+        f"task.train_file={folder / 'prompts.txt'}",
+        *judge,
+        "--problems",
+        "3",
+        "--samples",
+        "2",
+    )
+    how = ("pipeline.resolution=16", "--steps", "2", "--grids", "table:offset=1", "--guidance", "none,2")
+    argv = ["eval", str(folder / "sd"), *task, *how, "--rewards", "jpeg", "--json"]
+    assert main([*argv, "--out", str(tmp_path / "out")]) == 0
+    told = json.loads(capsys.readouterr().out)["results"]
+    assert [line["forwards_per_sample"] for line in told] == [2, 4] and all(0 < line["score"] < 1 for line in told)
+    assert len(list((tmp_path / "out" / "images" / "01").iterdir())) == 6
+    assert main([argv[0], argv[1], *task, "--json"]) == 2
+    assert "--steps: required, for the model comes without a recipe" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", IMAGE)

@@ -214,7 +214,7 @@ def test_what_does_not_fit(capsys: pytest.CaptureFixture[str], model: Path, tmp_
         (["--samples", "2", "--k", "1,3"], "--k: should be 1 to 2 (--samples), got 3"),
         (["--samples", "0"], "--samples: should be at least 1, got 0"),
         (["--batch", "0"], "--batch: should be at least 1, got 0"),
-        (["--resume"], "--resume: goes on with a file of completions; name it with --out"),
+        (["--resume"], "--resume: goes on with what was written; name it with --out"),
         (["--plot", "x.pdf"], "--plot: 'x.pdf' should end in .png"),
         (["--plot", str(tmp_path / "no" / "x.png")], "no such folder"),
     ):

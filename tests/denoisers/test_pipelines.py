@@ -19,6 +19,7 @@ from diffusers import (
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    SASolverScheduler,
 )
 from torch import Tensor
 
@@ -28,14 +29,15 @@ from unveil.denoisers.continuous import Condition
 from unveil.denoisers.flow_transformers import Flux, StableDiffusion3
 from unveil.denoisers.load import load_denoiser
 from unveil.denoisers.pipelines import PipelineDenoiser, PipelineOptions
+from unveil.denoisers.shells import encoded, shell
 from unveil.denoisers.stable_diffusion import StableDiffusion, StableDiffusionXl
 from unveil.processes.gaussian import Flow, Guess, Prediction, VariancePreserving
-from unveil.processes.kernels import Ddim, deterministic
+from unveil.processes.kernels import Ddim, Tau, deterministic
 from unveil.registry import UserError
 from unveil.samplers.grids import Grid, Sd3, Table, Uniform, resolution_shift
 from unveil.samplers.guidance import Clamp, ClassifierFree, NoGuidance
 from unveil.samplers.latent import LatentSampler
-from unveil.samplers.latent_solvers import DpmSolver2M, Memory
+from unveil.samplers.latent_solvers import DpmSolver2M, Memory, SaSolver
 from unveil.samplers.latents import Noise
 from unveil.training.lora import Adapter, LoraSettings
 
@@ -238,8 +240,13 @@ def test_adapters_are_saved_as_the_pipeline_reads_them(kind: str, tmp_path: Path
     again = ADAPTERS[kind](fresh, OPTIONS).eval()
     with torch.no_grad():
         torch.testing.assert_close(again.predict(x, t, condition), tuned, atol=1e-5, rtol=1e-4)
+        other = opened(kind)
+        other.load_adapter(tmp_path)
+        torch.testing.assert_close(other.predict(x, t, condition), tuned, atol=1e-5, rtol=1e-4)
         merged = adapter.merge()
         torch.testing.assert_close(merged.predict(x, t, condition), tuned, atol=1e-5, rtol=1e-4)  # type: ignore[operator]
+    with pytest.raises(UserError, match="nowhere' holds no adapters"):
+        other.load_adapter(tmp_path / "nowhere")
 
 
 @ALL
@@ -412,3 +419,57 @@ def test_dpm_solver_steps_agree(order: int, eta: float) -> None:
             guess = DpmSolver2M().solve(STABLE, guess, ours, t, s, memory, _never)
         ours = Ddim(eta=eta).step(STABLE, guess, ours, t, s).sample(z)
         torch.testing.assert_close(ours, x, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize(("order", "corrector"), [(1, 1), (2, 2), (3, 3), (2, 4)])
+@pytest.mark.parametrize("tau", [0.0, 0.4, 1.0])
+def test_sa_solver_steps_agree(tau: float, order: int, corrector: int) -> None:
+    """A whole chain, in float64, on one path and grid; theirs corrects the first step, too."""
+    scheduler = SASolverScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, predictor_order=order,
+        corrector_order=corrector, lower_order_final=False, tau_func=lambda t: torch.tensor(tau, dtype=torch.float64),
+    )  # fmt: skip
+    scheduler.set_timesteps(9)
+    scheduler.sigmas = times = Uniform(shift=3.0, start=0.98, end=0.04).times(Flow(), 9)
+    kernel, memory, noise = Tau(tau=tau), Memory(), torch.Generator().manual_seed(0)
+    solver = SaSolver(order=order, corrector=corrector, correct_first=True)
+    own_noise = torch.Generator().manual_seed(0)
+    x = ours = draws(1)
+    for step, k in enumerate(scheduler.timesteps):
+        t, s = times[step, None], times[step + 1, None]
+        x = scheduler.step(torch.tanh(1.2 * x) + 0.3 * t, k, x, generator=noise).prev_sample
+        guess = Flow().guess(torch.tanh(1.2 * ours) + 0.3 * t, "u", ours, t)
+        std = kernel.step(Flow(), guess, ours, t, s).std if tau else None
+        better = solver.solve(Flow(), guess, ours, t, s, memory, _never, std)
+        z = torch.randn(ours.shape, generator=own_noise, dtype=torch.float64)
+        ours = kernel.step(Flow(), better, ours, t, s).sample(z)
+        torch.testing.assert_close(ours, x, rtol=1e-9, atol=1e-9)
+
+
+@ALL
+def test_a_shell_has_the_shapes_of_the_model(kind: str, tmp_path: Path) -> None:
+    denoiser = opened(kind)
+    denoiser.save_pretrained(tmp_path)
+    where, empty = shell(str(tmp_path), OPTIONS)
+    assert where == str(tmp_path / "model_index.json") and empty.spec == denoiser.spec
+    shapes, real = ({name: one.shape for name, one in net.named_parameters()} for net in (empty, denoiser))
+    assert shapes == real and {one.device.type for one in empty.parameters()} == {"meta"}
+    read, told = encoded(empty).tensors, denoiser.condition(PROMPTS[:1]).tensors
+    assert {name: value.shape for name, value in read.items()} == {name: value.shape for name, value in told.items()}
+
+
+def test_known_pipelines_have_their_published_sizes() -> None:
+    sizes = {
+        "CompVis/stable-diffusion-v1-4": {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480},
+        "stabilityai/stable-diffusion-3.5-medium": {
+            "transformer": 2_243_171_520, "vae": 83_819_683, "text_encoder": 123_650_304,
+            "text_encoder_2": 694_659_840, "text_encoder_3": 4_762_310_656,
+        },
+    }  # fmt: skip
+    for name, parts in sizes.items():
+        _, empty = shell(name, PipelineOptions(resolution=512))
+        assert isinstance(empty, PipelineDenoiser) and empty.spec.shape[1:] == (64, 64)
+        counted = {part: sum(one.numel() for one in getattr(empty.pipe, part).parameters()) for part in parts}
+        assert counted == parts
+    with pytest.raises(UserError, match=r"model\.path: nothing is known of 'someone/pictures'"):
+        shell("someone/pictures", None)

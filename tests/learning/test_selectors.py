@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
-from unveil.learning.selectors import AllSteps, TopAdvantage, UniformSteps
+from unveil.learning.selectors import AllSteps, ButLast, TopAdvantage
 from unveil.samplers.trajectory import TokenTrajectory
 from unveil.seeds import generator
 
@@ -49,22 +49,25 @@ def test_each_chain_chooses_by_itself() -> None:
     assert chosen.tolist() == [[0, 0, 1], [1, 0, 0]]
 
 
-def test_uniform_depends_on_the_chain_s_seed_alone() -> None:
+def test_a_share_depends_on_the_chain_s_seed_alone() -> None:
     active = torch.ones(40, 6, dtype=torch.bool)
-    active[3, 2:] = False
+    active[3, 3:] = False
     seeds = list(range(40))
-    chosen = UniformSteps(k=2).choose(torch.zeros(40, 6), chains(active), seeds, SPEC)
-    assert (chosen.sum(1) == 2).all() and not chosen[~active].any()
-    backwards = UniformSteps(k=2).choose(torch.rand(40, 6), chains(active.flip(0)), seeds[::-1], SPEC)
+    half = ButLast(share=0.4)
+    chosen = half.choose(torch.zeros(40, 6), chains(active), seeds, SPEC)
+    counts = [2] * 40
+    counts[3] = 1
+    assert chosen.sum(1).tolist() == counts and not chosen[~active].any() and not chosen[:, 5].any()
+    backwards = half.choose(torch.rand(40, 6), chains(active.flip(0)), seeds[::-1], SPEC)
     assert torch.equal(backwards.flip(0), chosen)
     assert len({tuple(row) for row in chosen.tolist()}) > 5
 
 
-def test_uniform_is_uniform() -> None:
+def test_a_share_is_uniform() -> None:
     count = 3000
-    active = torch.ones(count, 5, dtype=torch.bool)
-    share = UniformSteps(k=2).choose(torch.zeros(count, 5), chains(active), range(count), SPEC).mean(0)
-    assert ((share - 0.4).abs() < 5 * (0.24 / count) ** 0.5).all()
+    active = torch.ones(count, 6, dtype=torch.bool)
+    share = ButLast(share=0.4).choose(torch.zeros(count, 6), chains(active), range(count), SPEC).mean(0)
+    assert ((share[:5] - 0.4).abs() < 5 * (0.24 / count) ** 0.5).all() and share[5] == 0
 
 
 def test_all_steps_are_the_active_ones() -> None:

@@ -20,7 +20,7 @@ from unveil.processes.gaussian import (
     remembered,
     translate,
 )
-from unveil.processes.kernels import CoefficientsPreserving, DanceSde, Ddim, FlowSde, Kernel, deterministic
+from unveil.processes.kernels import CoefficientsPreserving, DanceSde, Ddim, FlowSde, Kernel, Tau, deterministic
 from unveil.recipe import build, dump
 from unveil.registry import UserError
 
@@ -30,7 +30,7 @@ COSINE = VariancePreserving(betas="cosine")
 ZERO = VariancePreserving(betas="scaled_linear", low=0.00085, high=0.012, zero_terminal=True)
 FLOW, EDM = Flow(), VarianceExploding()
 PATHS: list[GaussianProcess] = [LINEAR, STABLE, COSINE, ZERO, FLOW, EDM]
-KERNELS: list[Kernel] = [Ddim(eta=1.0), Ddim(eta=0.4), CoefficientsPreserving(), FlowSde(), DanceSde()]
+KERNELS: list[Kernel] = [Ddim(eta=1.0), Ddim(eta=0.4), CoefficientsPreserving(), FlowSde(), DanceSde(), Tau(tau=0.7)]
 STOCHASTIC = pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: f"{kernel.name}-{vars(kernel)}")
 
 
@@ -216,6 +216,35 @@ def test_ddim_is_the_first_order_dpm_solver(path: GaussianProcess) -> None:
     step = Ddim(eta=1.0).step(path, guess, x, t, s)
     torch.testing.assert_close(step.mean, sde, atol=1e-10, rtol=1e-10)
     torch.testing.assert_close(step.std, path.sigma(s) * (-torch.expm1(-2 * h[:, 0])).sqrt())
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: f"{path.name}-{vars(path)}")
+def test_tau_is_the_sde_between_the_ode_and_twice_the_posteriors_noise(path: GaussianProcess) -> None:
+    """tau 0 and 1 are DDIM with eta 0 and 1; in between the step of a constant guess is two half steps of it."""
+    t, middle, s = times(0.9, 0.5), times(0.7, 0.3), times(0.4, 0.2)
+    x, guess = state(path, t, 3)
+    for tau in (0.0, 1.0):
+        ours, known = Tau(tau=tau).step(path, guess, x, t, s), Ddim(eta=tau).step(path, guess, x, t, s)
+        torch.testing.assert_close(ours.mean, known.mean)
+        torch.testing.assert_close(ours.std, known.std)
+    kernel = Tau(tau=1.4)
+    whole, half = kernel.step(path, guess, x, t, s), kernel.step(path, guess, x, t, middle)
+    z = draw(2, 3, seed=7)
+    y = half.sample(z)
+    rest = kernel.step(path, path.rederived(guess.x0, y, middle), y, middle, s)
+    kept = (rest.mean - path.alpha(s)[:, None] * guess.x0) / (y - path.alpha(middle)[:, None] * guess.x0)
+    torch.testing.assert_close(kept * (half.mean - path.alpha(middle)[:, None] * guess.x0),
+                               whole.mean - path.alpha(s)[:, None] * guess.x0)  # fmt: skip
+    torch.testing.assert_close(rest.std**2 + (kept[:, 0] * half.std) ** 2, whole.std**2)
+
+
+def test_tau_has_noise_inside_its_interval_alone() -> None:
+    x, guess = state(FLOW, times(0.9, 0.9, 0.9), 3)
+    step = Tau(tau=0.5, low=0.3, high=0.8).step(FLOW, guess, x, times(0.9, 0.9, 0.9), times(0.85, 0.5, 0.2))
+    assert (step.std > 0).tolist() == [False, True, False]
+    torch.testing.assert_close(step.mean[2:], deterministic(FLOW, Guess(*(one[2:] for one in guess)), times(0.2)))
+    with pytest.raises(UserError, match="high: should be greater than low"):
+        Tau(low=0.4, high=0.2)
 
 
 @pytest.mark.parametrize("kernel", [Ddim(eta=0), CoefficientsPreserving(noise=0), FlowSde(noise=0), DanceSde(noise=0)])

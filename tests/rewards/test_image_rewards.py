@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import base64
+import importlib.machinery
 import io
 import math
 import re
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from unveil.rewards.base import Correct, Failure, Metric, Part, Reward, Sum
 from unveil.rewards.ddpo import Ddpo
 from unveil.rewards.images import ClassProbability, JpegSize, PixelStatistic, data_url, pil_image
 from unveil.rewards.networks import Classifier, ReaderShape
-from unveil.rewards.reading import Ocr, edit_distance, text_score
+from unveil.rewards.reading import Ocr, RapidOcr, edit_distance, text_score, wanted_text
 from unveil.rewards.trl import Trl
 
 
@@ -67,6 +70,26 @@ def test_what_is_no_image_has_no_size(image: Tensor) -> None:
 
 
 # ---- statistics
+
+
+@pytest.mark.parametrize(
+    "reward",
+    [PixelStatistic(statistic=name) for name in ("brightness", "contrast", "norm", "colourfulness", "sharpness")]
+    + [ClassProbability(network="digits-reward", output=name) for name in ("probability", "logit")],  # type: ignore[arg-type]
+    ids=lambda reward: getattr(reward, "statistic", None) or reward.output,
+)
+def test_values_are_the_scores_with_a_gradient(reward: Reward) -> None:
+    classes = isinstance(reward, ClassProbability)
+    batch, about = noise(3, 1 if classes else 3, 8, 8) * 0.9 + 0.05, [{"label": 3}, {"label": 0}, {"label": 8}]
+    inner = batch.clone().requires_grad_()
+    values = reward.values(inner, [""] * 3, about)
+    assert values.tolist() == pytest.approx(ask(reward, list(batch), about), rel=1e-6)
+    values.sum().backward()
+    assert inner.grad is not None
+    step = 2e-3 * inner.grad / inner.grad.abs().max()
+    with torch.no_grad():
+        ends = [float(reward.values(batch + sign * step, [""] * 3, about).double().sum()) for sign in (1, -1)]
+    assert ends[0] - ends[1] == pytest.approx(2 * float((inner.grad * step).sum()), rel=0.02)
 
 
 def test_statistics_of_plain_images() -> None:
@@ -241,6 +264,66 @@ def test_readers_of_words_score_by_edit_distance() -> None:
         assert ask(reward, [torch.zeros(1, 12, 32)] * 2, [{"text": "CAT"}] * 2) == [1.0, pytest.approx(2 / 3)]
     finally:
         del reward.reader.read
+
+
+def test_the_wanted_text_is_the_answer_s_or_stands_in_quotation_marks() -> None:
+    assert wanted_text('a sign that says "Open Now" and "x"', {}) == "Open Now"
+    assert wanted_text('a sign that says "Open"', {"text": "CAT"}) == "CAT"
+    assert wanted_text("no text in it", {}) is None and wanted_text('""', {}) is None
+    assert ask(Ocr(network="glyphs-judge"), [torch.zeros(1, 12, 32)]) == [None], "the reward does not apply"
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """RapidOCR's package with an engine that reads what the test says and keeps what it was asked."""
+    asked: list[Any] = []
+
+    class RapidOCR:
+        lines: Any = None
+
+        def __init__(self, **settings: Any) -> None:
+            asked.append(settings)
+
+        def __call__(self, array: Any, **settings: Any) -> tuple[Any, Any]:
+            asked.append((array, settings))
+            return RapidOCR.lines, None
+
+    module = types.ModuleType("rapidocr_onnxruntime")
+    module.__spec__ = importlib.machinery.ModuleSpec("rapidocr_onnxruntime", None)
+    module.RapidOCR, module.asked = RapidOCR, asked  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "rapidocr_onnxruntime", module)
+    return module
+
+
+def test_an_engine_gets_pixels_and_its_lines_are_joined(engine: Any) -> None:
+    image, place = torch.zeros(3, 4, 6), [[0, 0], [1, 0], [1, 1], [0, 1]]
+    image[0] = 1.0  # red
+    engine.RapidOCR.lines = [[place, "Hello ", 0.9], [place, "World", 0.4]]
+    reward = RapidOcr(confidence=0.3)
+    assert ask(reward, [image], [{"text": "hello world"}]) == [1.0]
+    assert ask(reward, [image], [{"text": "World"}]) == [1.0], "what else stands there costs nothing"
+    assert ask(reward, [image], [{"text": "Hallo World"}]) == [pytest.approx(0.9)]
+    assert ask(reward, [image]) == [None]
+    settings, (array, asked) = engine.asked[:2]
+    assert settings == {"intra_op_num_threads": 1, "text_score": 0.3} and asked == {"use_det": True, "use_cls": False}
+    assert array.shape == (4, 6, 3) and array.dtype == "uint8" and array[0, 0].tolist() == [0, 0, 255], "blue first"
+    assert len(engine.asked) == 4, "one engine, and no call where the reward does not apply"
+
+
+def test_an_engine_that_finds_no_line_or_gets_none_to_find(engine: Any) -> None:
+    assert ask(RapidOcr(), [torch.zeros(1, 4, 6)], [{"text": "CAT"}]) == [0.0]
+    engine.RapidOCR.lines = [["CUT", 0.9]]
+    assert ask(RapidOcr(detect=False), [torch.zeros(1, 4, 6)], [{"text": "CAT"}]) == [pytest.approx(2 / 3)]
+    assert engine.asked[-1][0].shape == (4, 6, 3) and engine.asked[-1][1]["use_det"] is False
+    assert ask(RapidOcr(), [torch.full((1, 4, 6), math.nan)], [{"text": "CAT"}]) == ["not_an_image"]
+
+
+def test_an_engine_that_is_not_installed_is_refused_by_its_reward(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rapidocr_onnxruntime", None)
+    said = r"^recipe: reward 'rapidocr': rapidocr-onnxruntime is not installed \(pip install"
+    with pytest.raises(RecipeError, match=said) as told:
+        build(Reward, {"name": "rapidocr"})
+    assert "\n" not in str(told.value)
 
 
 def test_the_recipe_of_the_page_is_valid() -> None:

@@ -178,6 +178,23 @@ def test_weights_in_open_clip_s_layout_give_open_clip_s_scores(
     assert "does not fit" in message and "pre_layrnorm.bias" in message
 
 
+def differentiates(reward: Reward, batch: Tensor) -> None:
+    """Its values are its scores, and their gradient that of a small step of all pixels."""
+    inner = batch.clone().requires_grad_()
+    values = reward.values(inner, PROMPTS, [{}] * len(batch))
+    assert values.tolist() == pytest.approx(ask(reward, batch), abs=1e-5)
+    values.sum().backward()
+    assert inner.grad is not None
+    step = 1e-2 * inner.grad.sign() * (inner.grad.abs() > inner.grad.abs().median())
+    with torch.no_grad():
+        ends = [float(reward.values(batch + sign * step, PROMPTS, []).sum()) for sign in (1, -1)]
+    assert ends[0] - ends[1] == pytest.approx(2 * float((inner.grad * step).sum()), rel=0.05)
+
+
+def test_cosines_are_differentiable(clip: tuple[str, CLIPModel], tokenizer: str) -> None:
+    differentiates(ClipReward(path=clip[0], tokenizer=tokenizer, scaled=True), 0.3 + 0.4 * images(2, 3, 30, 27))
+
+
 # ---- heads
 
 
@@ -192,6 +209,7 @@ def test_an_aesthetic_head_reads_normalised_features(clip: tuple[str, CLIPModel]
         want = second(first(normalize(features, dim=-1)))[:, 0]
     reward = Aesthetic(path=clip[0], weights=str(tmp_path / "head.pth"))
     assert ask(reward, batch) == pytest.approx(want.tolist(), abs=1e-5)
+    differentiates(reward, 0.3 + 0.4 * batch)
 
 
 def test_heads_and_files_that_are_none_are_refused(tmp_path: Path) -> None:
@@ -310,6 +328,8 @@ def test_image_reward_in_its_authors_layout_gives_their_scores(tokenizer: str, t
         reward = ImageReward(path=str(path), tokenizer=tokenizer, heads=heads)
         found = ask(reward, batch)
         assert found == pytest.approx(((want - 0.16717362830052426) / 1.0333394966054072).tolist(), rel=1e-4)
+        with torch.enable_grad():
+            differentiates(reward, 0.3 + 0.4 * batch)
     assert reward.network.image_size == 24
     del weights["blip.visual_encoder.norm.bias"]
     with pytest.raises(UserError, match=r"does not fit a BLIP: 'post_layernorm\.bias'"):

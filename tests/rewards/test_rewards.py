@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import io
 import json
+import os
+import pickle
 import re
 import sys
 import threading
@@ -13,15 +17,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from unveil.recipe import RecipeError, build, dump
 from unveil.registry import UserError
 from unveil.rewards.base import Correct, Failure, Part, Reward, Shaped, Sum
-from unveil.rewards.images import data_url
-from unveil.rewards.remote import Remote
+from unveil.rewards.images import data_url, jpeg
+from unveil.rewards.remote import Pickled, Remote
 from unveil.rewards.trl import Trl
 
 TEXTS = ["a", "b", "ab c"]
@@ -128,11 +134,14 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        raw = self.rfile.read(int(self.headers["Content-Length"]))
+        pickled = self.headers["Content-Type"] == "application/octet-stream"
+        body = pickle.loads(raw) if pickled else json.loads(raw)
         plan = self.server.plan
         what = plan[min(len(self.server.seen), len(plan) - 1)]
         self.server.seen.append(body | {"path": self.path})
-        scores: Any = [float(len(text)) for text in body["completions"]]
+        key = next(name for name in ("completions", "image", "images") if name in body)
+        scores: Any = [float(len(one)) for one in body[key]]
         if what == "slow":
             time.sleep(0.4)
         if what == "hangs up":
@@ -146,7 +155,9 @@ class Handler(BaseHTTPRequestHandler):
             "null": b'{"scores": [null, 1, 2]}',
             "short": json.dumps({"scores": scores[1:]}).encode(),
         }
-        answer = answers.get(what, json.dumps({"scores": scores}).encode())
+        answer = answers.get(what, json.dumps({"rewards" if key == "image" else "scores": scores}).encode())
+        if pickled:
+            answer = pickle.dumps({"outputs": os.getcwd if what == "calls" else scores})
         self.send_response(what if isinstance(what, int) else 200)
         if what == 302:
             self.send_header("Location", self.server.url)
@@ -187,6 +198,36 @@ def test_a_server_is_sent_images_as_pngs(server: Server) -> None:
     answer = remote(server).ask(images, PROMPTS[:2], METADATA[:2])
     sent = server.seen[0]["completions"]
     assert sent == [data_url(image) for image in images] and answer.total == [float(len(one)) for one in sent]
+
+
+def test_other_servers_have_other_names(server: Server) -> None:
+    """Those of Flow-Factory's reward server: bare base64."""
+    images = [torch.zeros(1, 4, 4), torch.rand(3, 5, 6)]
+    names = {"prompts_as": "prompt", "completions_as": "image", "metadata_as": None, "scores_as": "rewards"}
+    reward = remote(server, **names, images="base64", extra={"video": None})
+    answer = reward.ask(images, PROMPTS[:2], METADATA[:2])
+    sent = server.seen[0]["image"]
+    assert server.seen == [{"path": "/score?v=1", "prompt": PROMPTS[:2], "image": sent, "video": None}]
+    read = [Image.open(io.BytesIO(base64.b64decode(one))) for one in sent]
+    assert [numpy.array(one).shape for one in read] == [(4, 4), (5, 6, 3)]
+    assert answer.total == [float(len(one)) for one in sent]
+    with pytest.raises(UserError, match="extra: two keys of a request have one name"):
+        remote(server, completions_as="prompts")
+
+
+def test_a_server_of_pickles_is_answered_and_runs_nothing(server: Server) -> None:
+    images = [torch.rand(1, 8, 8), torch.rand(3, 8, 8)]
+    reward = Pickled(url=server.url, timeout=5.0, metadata_as="meta_datas", extra={"only_strict": True}, backoff=0.0)
+    answer = reward.ask(images, PROMPTS[:2], METADATA[:2])
+    assert answer.total == [float(len(jpeg(one))) for one in images]
+    body = server.seen[0]
+    assert body["images"] == [jpeg(one) for one in images] and body["only_strict"] is True
+    assert body["prompts"] == PROMPTS[:2] and body["meta_datas"] == METADATA[:2]
+    server.plan = ["calls"]
+    failed = reward.ask(images, PROMPTS[:2], METADATA[:2]).failures()
+    assert [one.kind for _, one in failed] == ["malformed"] * 2 and "posix.getcwd" in failed[0][1].message
+    with pytest.raises(UserError, match="images: 'pickled' sends JPEGs"):
+        Pickled(url=server.url, images="base64")
 
 
 @pytest.mark.parametrize("fault", [500, 503, 429, "hangs up"])
@@ -289,6 +330,46 @@ def test_sums_that_make_no_sense_are_refused() -> None:
         Sum(parts={"a": Part(reward=Sum(parts={"b": Part(reward=Correct())}))})
 
 
+def test_parts_of_a_curriculum_are_optimised_at_their_updates() -> None:
+    curriculum = Sum(
+        parts={
+            "base": Part(reward=Correct(), weight=2.0),
+            "first": Part(reward=Correct(), weight=3.0, updates=[(0, 2), (5, 6)]),
+            "later": Part(reward=Correct(), weight=5.0, updates=[(4, None)]),
+            "seen": Part(reward=Correct(), role="audit"),
+        }
+    )
+    weights = [sorted(curriculum.at(update).part_weights) for update in range(8)]
+    assert weights == [["base", "first"]] * 2 + [["base"]] * 2 + [
+        ["base", "later"], ["base", "first", "later"], ["base", "later"], ["base", "later"]
+    ]  # fmt: skip
+    assert [curriculum.at(update).ask(TEXTS, PROMPTS, METADATA).total[1] for update in (0, 2, 5)] == [5.0, 2.0, 10.0]
+    resting = curriculum.at(2).ask(TEXTS, PROMPTS, METADATA)
+    assert sorted(resting.parts) == ["base", "seen"]
+    assert sorted(curriculum.at(2).ask(TEXTS, PROMPTS, METADATA, evaluating=True).parts) == sorted(curriculum.parts)
+    assert curriculum.at(0).audit_weights == {"seen": 1.0}
+    plain = Sum(parts={"base": Part(reward=Correct())})
+    assert plain.at(3) is plain and Correct().at(3) == Correct()
+    assert build(Reward, dump(curriculum)) == curriculum
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"updates": [(3, 3)]}, r"parts\.a\.updates: should be \[from, to\] with 0 <= from < to, got \[3, 3\]"),
+        ({"updates": [(0, 5)]}, "none is optimised at update 5"),
+        ({"updates": [(2, None)]}, "none is optimised at update 0"),
+        ({"updates": [(0, None)], "role": "audit"}, r"parts\.a\.updates: only for parts with the role 'optimise'"),
+    ],
+)
+def test_curricula_that_make_no_sense_are_refused(part: Any, message: str) -> None:
+    parts = {"a": Part(reward=Correct(), **part)}
+    if "role" in part or part["updates"] == [(3, 3)]:
+        parts["b"] = Part(reward=Correct())
+    with pytest.raises(UserError, match=message):
+        Sum(parts=parts)
+
+
 def test_a_recipe_says_all_of_it_and_gets_it_back(trl: Callable[..., Trl]) -> None:
     data = {
         "name": "sum",
@@ -303,15 +384,21 @@ def test_a_recipe_says_all_of_it_and_gets_it_back(trl: Callable[..., Trl]) -> No
     assert "failed" not in dump(reward)["parts"]["c"]["reward"]
 
 
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", [0, 1, 2])
 def test_the_recipes_of_the_page_are_valid(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     root = Path(__file__).parents[2]
     monkeypatch.syspath_prepend(str(root))
     page = (root / "docs" / "rewards.md").read_text(encoding="utf-8")
     block = re.findall(r"^```yaml\n(.*?)^```$", page, re.M | re.S)[number]
     reward = build(Reward, yaml.safe_load(block)["policy"]["reward"])
-    if isinstance(reward, Sum):
+    if number == 0:
+        assert reward == Remote(url="http://127.0.0.1:8000/score")
+        return
+    assert isinstance(reward, Sum)
+    if number == 1:
+        geneval = reward.parts["geneval"].reward
+        assert isinstance(geneval, Pickled) and geneval.scores_as == "scores" and geneval.extra == {"only_strict": True}
+        assert reward.parts["deqa"].reward == Pickled(url="http://127.0.0.1:18086", timeout=120)
+    else:
         answer = reward.ask(["1 + 1 = 2", "", "="], PROMPTS, METADATA)
         assert answer.total == pytest.approx([-0.005, 1.1, -0.001]) and answer.parts["form"] == [1.0, None, 1.0]
-    else:
-        assert reward == Remote(url="http://127.0.0.1:8000/score")

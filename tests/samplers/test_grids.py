@@ -24,7 +24,11 @@ def test_uniform_and_shifted() -> None:
 
 
 def test_sd3_shifts_its_lower_end_twice() -> None:
-    assert Sd3().times(Flow(), 10)[-3:].tolist() == pytest.approx([0.278, 0.0089, 0], abs=5e-4)
+    times = Sd3().times(Flow(), 10)
+    assert times[-3:].tolist() == pytest.approx([0.278, 0.0089, 0], abs=5e-4)
+    awm = Sd3(start=0.999, halved=True).times(Flow(), 10)
+    assert awm[0] == 0.999 and awm[1:-2].tolist() == times[1:-2].tolist()
+    assert awm[-2:].tolist() == [float(times[-3]) / 2, 0]
 
 
 def test_flux_shift_is_a_shift_of_e_to_the_m() -> None:

@@ -13,12 +13,12 @@ from torch import Tensor
 import tiny_images as tiny
 from unveil.learning.latents import TransitionLikelihood
 from unveil.processes.gaussian import Flow, GaussianProcess, VarianceExploding, VariancePreserving
-from unveil.processes.kernels import CoefficientsPreserving, DanceSde, Ddim, FlowSde, deterministic
+from unveil.processes.kernels import CoefficientsPreserving, DanceSde, Ddim, FlowSde, Tau, deterministic
 from unveil.registry import UserError
 from unveil.samplers.grids import Uniform
 from unveil.samplers.guidance import Clamp, ClassifierFree
 from unveil.samplers.latent import LatentSampler
-from unveil.samplers.latent_solvers import Churn, DpmSolver2M, Heun, SdeDpmSolver2M
+from unveil.samplers.latent_solvers import Churn, DpmSolver2M, Heun, SaSolver, SdeDpmSolver2M
 from unveil.samplers.latents import LatentTrajectory, Noise, noised
 from unveil.samplers.trajectory import concatenate
 from unveil.samplers.windows import ExponentialDecay, LinearDecay, Progressive, RandomSpan, Span
@@ -198,6 +198,27 @@ def test_the_solver_that_goes_through_noise_extrapolates_at_every_step() -> None
         torch.testing.assert_close(chains.latents[:, step + 1], expected, rtol=1e-5, atol=1e-5)
 
 
+def test_sa_solver_corrects_by_the_std_of_its_steps() -> None:
+    """With steps of both kinds in one chain; branches take what it remembers with them."""
+    net, process = tiny.Mlp(), Flow()
+    kernel = Tau(tau=0.6, low=0.2, high=0.8)
+    sampler = tiny.sampler(kernel=kernel, solver=SaSolver(), steps=7, grid=Uniform(shift=2.0))
+    chains, told = draw(net, sampler), net.condition(["a"] * 3 + ["b"] * 3)
+    assert chains.noisy[0].tolist() == [False, False, True, True, True, True, False]
+    memory: dict[str, Tensor] = {}
+    for step, (now, after) in enumerate(zip(chains.times[0, :-1], chains.times[0, 1:], strict=True)):
+        x, t, s = chains.latents[:, step], now.expand(6), after.expand(6)
+        guess = net.guess(x, t, told)
+        std = kernel.step(process, guess, x, t, s).std
+        guess = SaSolver().solve(process, guess, x, t, s, memory, never, std)
+        expected = kernel.step(process, guess, x, t, s).sample(own_noise(step))
+        torch.testing.assert_close(chains.latents[:, step + 1], expected, rtol=1e-5, atol=1e-5)
+    whole = draw(net, replace(sampler, window=Span(start=3, length=3), outside=Ddim(eta=0.0), share="noise"))
+    prefix = draw(net, replace(sampler, window=Span(start=3, length=3), outside=Ddim(eta=0.0), share="prefix"))
+    torch.testing.assert_close(prefix.samples, whole.samples, rtol=1e-5, atol=1e-5)
+    assert prefix.forwards < whole.forwards
+
+
 def never(x: Tensor, t: Tensor) -> Any:
     raise AssertionError("the solver asked the network again")
 
@@ -293,6 +314,8 @@ def test_windows() -> None:
         (lambda: tiny.sampler(window=RandomSpan(length=3)), "no span of 3 steps fits between step 0 and step 2 of 5"),
         (lambda: LinearDecay(every=2, least=3), r"least: should be at most every \(2\), got 3"),
         (lambda: tiny.sampler(branches=2), "branches: the chains share nothing"),
+        (lambda: tiny.sampler(solver=SaSolver()), "kernel: 'flow' makes steps that the solver 'sa' does not know"),
+        (lambda: tiny.sampler(kernel=Tau(), outside=DanceSde(), solver=SaSolver()), "outside: 'dance' makes steps"),
         (lambda: tiny.sampler().check_fits(12), "have the network's own shape, got 12"),
         (lambda: draw_log_prob(), "'log_prob' needs steps with noise"),
         (

@@ -6,15 +6,25 @@ import itertools
 import math
 from collections.abc import Callable
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
 
 from unveil.processes.gaussian import Flow, GaussianProcess, Guess, VarianceExploding, VariancePreserving
-from unveil.processes.kernels import Ddim, deterministic
+from unveil.processes.kernels import CoefficientsPreserving, Ddim, Kernel, Tau, deterministic
 from unveil.registry import UserError
 from unveil.samplers.grids import Karras, Uniform
-from unveil.samplers.latent_solvers import Churn, DpmSolver2M, First, Heun, LatentSolver, Memory
+from unveil.samplers.latent_solvers import (
+    Churn,
+    DpmSolver2M,
+    First,
+    Heun,
+    LatentSolver,
+    Memory,
+    SaSolver,
+    adams_weights,
+)
 
 PATHS: list[GaussianProcess] = [Flow(), VariancePreserving(), VarianceExploding(sigma_max=20.0, rho=3.0)]
 CENTRES, WIDTH = torch.tensor([-1.2, 0.4, 1.5], dtype=torch.float64), 0.35
@@ -48,7 +58,9 @@ def run(
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.name)
-@pytest.mark.parametrize(("solver", "order"), [(First, 1), (Heun, 2), (DpmSolver2M, 2)])
+@pytest.mark.parametrize(
+    ("solver", "order"), [(First, 1), (Heun, 2), (DpmSolver2M, 2), (lambda: SaSolver(corrector=0), 2)]
+)
 def test_order(solver: Callable[[], LatentSolver], order: int, path: GaussianProcess) -> None:
     """The change from N to 2N steps over that from 2N to 4N, where the ODE is smooth."""
     start = torch.linspace(-1.5, 1.5, 7, dtype=torch.float64)[:, None]
@@ -61,7 +73,7 @@ def test_order(solver: Callable[[], LatentSolver], order: int, path: GaussianPro
 
 def test_forward_passes() -> None:
     x = torch.zeros(3, 1, dtype=torch.float64)
-    for solver in (First(), Heun(), DpmSolver2M()):
+    for solver in (First(), Heun(), DpmSolver2M(), SaSolver()):
         calls: list[int] = []
         run(solver, Flow(), Uniform(end=0.1).times(Flow(), 5), x, calls)
         assert calls == [3] * 5 * solver.evaluations
@@ -116,8 +128,109 @@ def test_a_flow_from_pure_noise_to_data() -> None:
     x = torch.tensor([[0.7], [-1.1]], dtype=torch.float64)
     reference = run(Heun(), Flow(), Uniform().times(Flow(), 512), x)
     errors = [float((run(solver, Flow(), Uniform().times(Flow(), 32), x) - reference).abs().max())
-              for solver in (First(), Heun(), DpmSolver2M())]  # fmt: skip
+              for solver in (First(), Heun(), DpmSolver2M(), SaSolver())]  # fmt: skip
     assert max(errors[1:]) < errors[0] / 3
+
+
+# ---- SA-Solver
+
+STEPS: list[Kernel] = [Tau(tau=0.6), Ddim(eta=0.7), CoefficientsPreserving(noise=0.4)]
+
+
+def integral(f: Callable[[Tensor], Tensor], start: float, end: float) -> float:
+    """By Gauss's rule with 60 points."""
+    points, weights = (torch.from_numpy(one) for one in numpy.polynomial.legendre.leggauss(60))
+    length = (end - start) / 2
+    return float((weights * f(start + length * (1 + points))).sum() * length)
+
+
+@pytest.mark.parametrize("z", [0.01, 0.7, 6.0, 40.0])
+def test_weights_are_those_of_the_polynomial_under_the_exponential(z: float) -> None:
+    """Against quadrature of each Lagrange polynomial; the places of a predictor, then those of a corrector."""
+    start, end = 0.3, 1.1
+    for places in ([0.3], [0.3, -0.2], [0.3, -0.2, -0.5], [0.3, -0.2, -0.5, -1.4], [1.1, 0.3, -0.2]):
+
+        def decay(at: Tensor) -> Tensor:
+            return (-z * (end - at) / (end - start)).exp()
+
+        def own(number: int, at: Tensor, places: list[float] = places) -> Tensor:
+            others = [other for place, other in enumerate(places) if place != number]
+            return math.prod(((at - other) / (places[number] - other) for other in others), start=torch.ones_like(at))
+
+        whole = integral(decay, start, end)
+        wanted = [integral(lambda at, k=k: own(k, at) * decay(at), start, end) / whole for k in range(len(places))]
+        time = [torch.tensor([value, value], dtype=torch.float64) for value in (start, end, z)]
+        found = adams_weights(torch.tensor([places] * 2, dtype=torch.float64), *time)
+        torch.testing.assert_close(found, torch.tensor([wanted] * 2, dtype=torch.float64), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.name)
+@pytest.mark.parametrize("kernel", STEPS, ids=lambda kernel: kernel.name)
+def test_sa_solver_is_the_papers_recursion(kernel: Kernel, path: GaussianProcess) -> None:
+    """Predictor and corrector of order 2 with their noise, written out in lambda; each kernel is one tau per step."""
+    times = torch.tensor([0.9, 0.75, 0.55, 0.4, 0.3], dtype=torch.float64)
+    x = theirs = torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    z = torch.randn(4, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    alpha, sigma = path.alpha(times), path.sigma(times)
+    level = (alpha / sigma).log()
+
+    def network(x: Tensor, t: Tensor) -> Guess:
+        return path.rederived(torch.tanh(1.3 * x + 0.4 * t[:, None]), x, t)  # any function of both
+
+    guesses: list[Tensor] = []
+    tau2: list[float] = []
+    starts: list[Tensor] = []
+
+    def step(k: int, nodes: list[int], start: Tensor) -> Tensor:
+        """From time k to k + 1 with the polynomial through the guesses at ``nodes``."""
+        a, h = 1 + tau2[k], float(level[k + 1] - level[k])
+        drift = torch.zeros_like(start)
+        for own in nodes:
+            others = [level[other] for other in nodes if other != own]
+
+            def f(at: Tensor, own: int = own, others: list[Tensor] = others) -> Tensor:
+                return (a * at).exp() * math.prod(((at - o) / (level[own] - o) for o in others), start=1.0)
+
+            drift = drift + integral(f, float(level[k]), float(level[k + 1])) * guesses[own]
+        drift = a * sigma[k + 1] * math.exp(-tau2[k] * float(level[k + 1])) * drift
+        noise = sigma[k + 1] * math.sqrt(1 - math.exp(-2 * tau2[k] * h)) * z[k]
+        return math.exp(-tau2[k] * h) * sigma[k + 1] / sigma[k] * start + drift + noise
+
+    memory, solver = Memory(), SaSolver(few_steps=False)
+    for k in range(4):
+        t, s = times[k].expand(3), times[k + 1].expand(3)
+        guess = network(x, t)
+        std = kernel.step(path, guess, x, t, s).std
+        better = solver.solve(path, guess, x, t, s, memory, exact_never, std)
+        x = kernel.step(path, better, x, t, s).sample(z[k])
+
+        guesses.append(network(theirs, t).x0)
+        if k > 1:  # the first step is not corrected
+            theirs = step(k - 1, [k, k - 1], starts[-1])
+        starts.append(theirs)
+        h = float(level[k + 1] - level[k])
+        tau2.append(-math.log(1 - float(std[0] / sigma[k + 1]) ** 2) / (2 * h))
+        theirs = step(k, [k, k - 1] if k else [0], theirs)
+        torch.testing.assert_close(x, theirs, rtol=1e-9, atol=1e-9)
+    if isinstance(kernel, Tau):
+        torch.testing.assert_close(torch.tensor(tau2), torch.full((4,), 0.36))
+
+
+def test_sa_solver_draws_from_the_data() -> None:
+    """From t near 1 to data in 60 steps: mean and variance of 4,000 samples, against those of the three bumps."""
+    path, times = Flow(), Uniform(start=0.999, shift=2.0).times(Flow(), 60)
+    noise = torch.Generator().manual_seed(0)
+    x = torch.randn(4_000, 1, dtype=torch.float64, generator=noise)
+    memory, kernel = Memory(), Tau(tau=0.8, low=0.05, high=0.95)
+    for now, after in itertools.pairwise(times):
+        t, s = now.expand(len(x)), after.expand(len(x))
+        guess = exact(path, x, t)
+        std = kernel.step(path, guess, x, t, s).std
+        guess = SaSolver(order=3, corrector=3).solve(path, guess, x, t, s, memory, exact_never, std)
+        x = kernel.step(path, guess, x, t, s).sample(torch.randn(x.shape, dtype=x.dtype, generator=noise))
+    variance = float(CENTRES.var(correction=0)) + WIDTH**2
+    assert abs(float(x.mean()) - float(CENTRES.mean())) < 0.06
+    assert abs(float(x.var()) / variance - 1) < 0.06
 
 
 # ---- churn

@@ -164,6 +164,11 @@ def test_times_are_stratified_and_those_of_the_strategies(tmp_path: Path) -> Non
     for first, allowed in ((0, grid[:5]), (1, grid[1:5])):  # int(0.9 * 6) = 5
         drawn = times(WeightedMatching(draws=3, times=SamplerGrid(first=first, share=0.9)))
         assert all(len(set(row)) == 3 and set(row) <= set(allowed.tolist()) for row in drawn.tolist())
+    initial = SamplerGrid(share=0.9, initial=True)
+    drawn = times(WeightedMatching(draws=4, times=initial))
+    assert (drawn[:, 0] == 1).all() and all(set(row) <= set(grid[1:5].tolist()) for row in drawn[:, 1:].tolist())
+    assert all(len(set(row)) == 4 for row in drawn.tolist()) and len(set(drawn[:, 1].tolist())) > 1
+    assert (times(WeightedMatching(draws=1, times=initial)) == 1).all()
     uniform = times(WeightedMatching(draws=5, times=UniformTimes(low=0.2, shift=3.0)))
     place = uniform / (3 - 2 * uniform)  # without the shift
     assert ((place - 0.2) / 0.8 * 5).long().tolist() == [[0, 1, 2, 3, 4]] * 8
@@ -178,6 +183,11 @@ def test_every_time_of_the_grid_is_drawn_equally_often() -> None:
     u = (torch.arange(3) + torch.linspace(0, 1, 1001)[:-1, None]) / 3
     count = SamplerGrid(first=1, share=0.9).place(u, 9).flatten().bincount(minlength=9)
     assert count[0] == 0 and count[8] == 0 and count[1:8].float().std() < 0.01 * count.sum() / 7
+    start = torch.linspace(0, 1, 1001, dtype=torch.float64)[:-1, None] / 3
+    steps = SamplerGrid(share=0.9, initial=True).spaced(start, 3, 9)
+    count = steps.flatten().bincount(minlength=9)
+    assert (steps[:, 0] == 0).all() and count[0] == 1000
+    assert count[8] == 0 and count[1:8].float().std() < 0.01 * 2000 / 7
 
 
 def test_the_advantage_is_bounded() -> None:

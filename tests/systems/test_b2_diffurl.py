@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from unveil.learning.selectors import AllSteps
 from unveil.processes.kernels import Ddim
 from unveil.registry import UserError
 from unveil.rewards.base import Reward, Shaped
-from unveil.samplers.latent import LatentSampler
+from unveil.samplers.latent import LatentSampler, Split
 from unveil.samplers.latents import LatentTrajectory, Noise
 from unveil.systems.b2_diffurl import B2Diffurl, BestWorst, StageHistory, Suffix, variant
 from unveil.training.policy_config import PolicyConfig, RolloutConfig
@@ -80,6 +80,40 @@ def test_leaves_share_their_prefix_bit_for_bit_and_it_is_computed_once() -> None
         assert (latents[0, 0, : before + 1] != latents[1, 0, : before + 1]).any(-1).all()
         assert chains.forwards == 3 * before + 3 * LEAVES * suffix
         assert chains.noisy.tolist() == [[False] * before + [True] * (suffix - 1) + [False]] * (3 * LEAVES)
+
+
+def test_a_tree_goes_apart_at_every_split() -> None:
+    """Stems of 8 leaves: two branches from the window on, four with 4 steps left, eight with 2."""
+    sampler, _ = variant("both", Suffix(first=5, last=5, stages=1), 8, steps=7)
+    tree = replace(sampler, splits=[Split(left=4, leaves=4), Split(left=2, leaves=2)])
+    chains = drawn(tree, tiny.Mlp(), 2, 8)
+    assert chains.latents is not None and chains.log_prob is not None
+    # How many different states there are in a stem before every step, and at the end. A step draws noise for its rows.
+    counts = [len(chains.latents[:8, step].flatten(1).unique(dim=0)) for step in range(8)]
+    assert counts == [1, 1, 1, 2, 4, 4, 8, 8]
+    assert chains.forwards == 2 * (1 + 1 + 2 + 4 + 4 + 8 + 8)
+    states = chains.latents[:8].flatten(2)
+    assert torch.equal(states[0, :4], states[3, :4]) and not torch.equal(states[0, 3], states[4, 3])
+    assert torch.equal(states[0, :6], states[1, :6]) and not torch.equal(states[0, 4], states[2, 4])
+    # Steps of siblings are scored alike, and a stem does not depend on the others of its batch.
+    assert torch.equal(chains.log_prob[0, :5], chains.log_prob[1, :5])
+    one = drawn(tree, tiny.Mlp(), 1, 8)
+    torch.testing.assert_close(one.samples, chains.samples[:8], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"share": "noise"}, "splits: the chains share noise"),
+        ({"splits": [Split(left=7, leaves=2)]}, "splits.0.left: should be below 7, got 7"),
+        ({"splits": [Split(left=3, leaves=4), Split(left=3, leaves=2)]}, "splits.1.left: should be below 3, got 3"),
+        ({"splits": [Split(left=3, leaves=3)]}, "splits.0.leaves: should divide 8 into several, got 3"),
+    ],
+)
+def test_trees_that_do_not_grow_are_refused(change: dict[str, Any], message: str) -> None:
+    sampler, _ = variant("both", Suffix(first=5, last=5, stages=1), 8, steps=7)
+    with pytest.raises(UserError, match=message):
+        replace(sampler, **({"splits": [Split(left=3, leaves=2)]} | change))
 
 
 class Bell(tiny.Mlp):
@@ -144,6 +178,17 @@ def test_several_stems_of_one_group() -> None:
     assert BestWorst().chains(z, group, None).tolist() == [True, False, False, True, False, False]
 
 
+def test_siblings_of_a_tree_are_compared_among_themselves() -> None:
+    sampler, _ = variant("both", SUFFIX, 4, steps=STEPS)
+    tree = replace(sampler, splits=[Split(left=2, leaves=2)])
+    z, group = torch.tensor([0.9, 0.6, -0.6, -0.9]), torch.zeros(4)
+    assert BestWorst().chains(z, group, tree).tolist() == [True, False, False, True]
+    assert BestWorst(among="siblings").chains(z, group, tree).tolist() == [True, False, False, True]
+    z = torch.tensor([0.9, -0.6, 0.7, -0.9])
+    assert BestWorst().chains(z, group, tree).tolist() == [True, False, False, True]
+    assert BestWorst(among="siblings").chains(z, group, tree).all()
+
+
 def test_without_positives_the_guard_chooses_nothing() -> None:
     z, group = torch.tensor([0.4, -2.0, 0.4, 0.4]), torch.tensor([0, 0, 1, 1])
     assert not BestWorst().chains(z, group, None).any()
@@ -172,6 +217,13 @@ def test_the_history_of_updates_is_that_of_a_list() -> None:
         assert torch.equal(found, copy.advantages(given, active, torch.tensor(prompts)))
         np.testing.assert_allclose(found[:, 1], expected, rtol=1e-5, atol=1e-6)
         assert not found[:, 2].any()
+
+
+def test_factors_of_good_and_bad() -> None:
+    rewards, active = torch.tensor([[0.0], [1.0], [5.0]]), torch.ones(3, 1, dtype=torch.bool)
+    plain = StageHistory(clip=1.0).advantages(rewards, active, torch.zeros(3))[:, 0]
+    weighed = StageHistory(clip=1.0, good=0.5, bad=2.0).advantages(rewards, active, torch.zeros(3))[:, 0]
+    torch.testing.assert_close(weighed, plain * torch.tensor([2.0, 2.0, 0.5]))
 
 
 # ---- whole updates

@@ -105,6 +105,9 @@ def test_reward_weights() -> None:
     assert top.tolist() == [0.0, 0.0, 2.0, 2.0]
     tied = RewardWeights(form="top", share=0.25).advantages(rewards, active, group)[:, 0]
     assert tied.tolist() == [0.0, 0.0, 2.0, 2.0]  # the one place is shared
+    for threshold, wanted in ((0.0, [0.0, 0.0, 2.0, 2.0]), (-1.0, [0.0, 4 / 3, 4 / 3, 4 / 3]), (2.0, [0.0] * 4)):
+        above = RewardWeights(form="threshold", threshold=threshold).advantages(rewards, active, group)[:, 0]
+        assert above.tolist() == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize("draws", [1, 3])

@@ -116,6 +116,19 @@ def test_the_minimiser_of_a_sample_is_not_its_target() -> None:
     assert at_best.abs().max() < 1e-14
 
 
+def test_the_population_minimiser_is_the_papers() -> None:
+    """Theorem 3.2, six targets being equally probable at one x_t: v_old + (2 / beta) Delta, Delta by either side."""
+    own, beta, r = views(), 0.5, torch.linspace(0.1, 0.7, 6, dtype=torch.float64)
+    target = own.noise - own.clean
+    old, share = target.mean(0, keepdim=True), r.mean()
+    good, bad = (((each / each.sum()).view(-1, 1, 1, 1) * target).sum(0, keepdim=True) for each in (r, 1 - r))
+    delta = share * (good - old)
+    torch.testing.assert_close(delta, (1 - share) * (old - bad), rtol=1e-12, atol=1e-14)
+    best = (old + 2 / beta * delta).expand_as(target)
+    _, at_best = gradient(own, best, old.expand_as(target), r, "velocity", beta)
+    assert at_best.sum(0).abs().max() < 1e-14 < 1e-4 < at_best.abs().max()
+
+
 def test_the_weight_of_a_branch_is_a_number_without_gradient() -> None:
     own, (new, old) = views(loss="normalised"), velocities(2)
     t = own.times.view(-1, 1, 1, 1)

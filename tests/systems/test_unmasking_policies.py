@@ -383,7 +383,7 @@ def test_loss_and_gradient_of_an_update(tmp_path: Path, action: Action, experts:
 def test_old_log_probabilities_are_those_of_the_rollout(tmp_path: Path) -> None:
     job = tiny.job(tmp_path, config(Bernoulli()), carrying())
     problems = tiny.Echo().problems("train", 12, 0)
-    needs = job._needs() | {"order_log_prob"}
+    needs = job.policy.needs | {"order_log_prob"}
     sampler = job.policy.rollout.sampler
     trajectory = sample_problems(job.denoiser, problems, sampler, response_length=5, seed=1, needs=needs)
     likelihood = job.policy.likelihood

@@ -23,6 +23,7 @@ from unveil.tasks.countdown import Countdown
 from unveil.tasks.digits import Digits
 from unveil.tasks.glyphs import CONSONANTS, VOWELS, Glyphs
 from unveil.tasks.mnist import Fashion, Mnist, resized
+from unveil.tasks.pixels import FILM_SIDE, SAMPLE_SIDE, shrunk
 from unveil.tasks.prompts import ImageFolder, Prompts
 
 DIGITS = Digits()
@@ -150,6 +151,36 @@ def test_the_judge_reads_what_is_drawn() -> None:
     shifted = task.check_all(problems[1:] + problems[:1], list(images))
     assert sum(verdict.correct for verdict in shifted) <= 2 and sum(verdict.score for verdict in shifted) > 5
     assert task.measure([problems[0]] * 2, list(images[:2]))["diversity"] > 0
+
+
+@pytest.mark.parametrize("settings", [{}, {"sizes": [10], "pitch": 10, "jitter": 1}])
+def test_the_distance_to_drawings_is_that_of_the_nearest_of_any_brightness(settings: Any) -> None:
+    task = Glyphs(**settings)
+    words = ["CAT", "WIM", "QUJ", "HIL"]
+    images = task.draw(words, random.Random(2))
+    assert task.distances(images, words).max() < 0.03, "what was drawn is among the drawings, but for rounding"
+    found = task.distances(images, ["CAT"] * 4)
+    real = task.drawings("CAT").flatten(1)
+    levels = torch.arange(150, 256) / 255
+    for row in range(4):
+        nearest = min((images[row].flatten() - level * real).norm(dim=1).min().item() for level in levels)
+        assert found[row].item() == pytest.approx(nearest, abs=0.02)
+    assert torch.allclose(task.distances(images, [""] * 4).float(), images.flatten(1).norm(dim=1))
+    verdicts = task.check_all(task.problems("test", 4, 0), list(images))
+    told = [verdict.metrics["distance"] for verdict in verdicts]
+    assert told == pytest.approx(task.distances(images, words).tolist())
+
+
+def test_a_typewriter_sets_every_letter_in_its_own_pixels() -> None:
+    task = Glyphs(sizes=[10], pitch=10, jitter=0)
+    word, alone = task.draw(["MIT", "M"], random.Random(0))
+    parts = (word > 0).any(1)[0].nonzero().flatten()
+    assert word[..., 11:20].max() > 0 and parts.min() >= 1 and parts.max() < 31
+    edges = [task.drawings(letters).amax((0, 1, 2)).nonzero().flatten() for letters in ("IIM", "MMM")]
+    assert edges[0].max() == edges[1].max(), "the third letter stands where it stands, whatever comes before it"
+    free = Glyphs(sizes=[10])
+    assert len(free.drawings("III")) > 5 * len(Glyphs(sizes=[10], jitter=1).drawings("III"))
+    assert alone.sum() < word.sum()
 
 
 def test_strings_to_teach_a_reader_have_any_letters() -> None:
@@ -320,3 +351,17 @@ def test_image_folders_with_captions_and_with_subfolders(tmp_path: Path) -> None
 def test_embedded_judges_fit_their_tasks() -> None:
     assert DIGITS.judge.names == DIGITS.vocabulary and tuple(DIGITS.judge.about["shape"]) == DIGITS.shape
     assert tuple(Glyphs().judge.about["shape"]) == Glyphs().shape
+
+
+# ---- what a run keeps of them
+
+
+def test_images_in_records_are_shrunk_to_their_longest_side_and_never_enlarged() -> None:
+    image = torch.zeros(3, 300, 600)
+    image[0, :, :300] = 1.0
+    small = shrunk(image, 150)
+    assert small.shape == (3, 75, 150) and small[1:].eq(0).all()
+    assert torch.allclose(small[0, :, :70], torch.ones(75, 70)) and small[0, :, 80:].eq(0).all()
+    assert abs(float(small.mean()) - float(image.mean())) < 1e-6 and small.max() < 1 + 1e-6
+    assert shrunk(image, 600) is image and shrunk(torch.zeros(1, 900, 2), 100).shape == (1, 100, 1)
+    assert FILM_SIDE < SAMPLE_SIDE

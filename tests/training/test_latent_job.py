@@ -22,11 +22,13 @@ from unveil.learning.advantages import PromptHistory
 from unveil.learning.latents import TransitionLikelihood
 from unveil.learning.noised import MatchingLikelihood
 from unveil.learning.objectives import Clipped, Reinforce, TokenSum
-from unveil.learning.regularisers import Kl, MeanSpace, Velocity
+from unveil.learning.regularisers import Kl, MeanSpace, Velocity, VelocityNorm
 from unveil.learning.views import Inner, Scores
 from unveil.processes.gaussian import Flow, GaussianProcess, VariancePreserving
 from unveil.processes.kernels import CoefficientsPreserving, Ddim, FlowSde
 from unveil.registry import UserError
+from unveil.rewards.base import Part, Shaped, Sum
+from unveil.rewards.images import PixelStatistic
 from unveil.samplers.grids import Uniform
 from unveil.samplers.guidance import ClassifierFree
 from unveil.samplers.windows import Progressive, RandomSpan, Span
@@ -195,6 +197,14 @@ def test_forwards_are_those_of_rollout_and_of_trained_steps(tmp_path: Path) -> N
     assert job.trainer.cost.forwards == rollout + 2 * trained  # the reference scores them, too
 
 
+def test_a_curriculum_changes_what_is_optimised(tmp_path: Path) -> None:
+    later = Part(reward=PixelStatistic(statistic="brightness"), weight=2.0, updates=[(1, None)])
+    job = tiny.job(tmp_path, tiny.policy(reward=Sum(parts={"score": Part(reward=Shaped()), "light": later})))
+    first, second = (job.update(update, job.trainer.optimise) for update in range(2))
+    assert "reward/light" not in first and first["reward"] == pytest.approx(first["reward/score"])
+    assert second["reward"] == pytest.approx(second["reward/score"] + 2 * second["reward/light"])
+
+
 def test_regularisers_are_their_closed_forms(tmp_path: Path) -> None:
     net, other = tiny.Mlp(), tiny.Mlp(seed=1)
     policy = tiny.policy()
@@ -219,6 +229,11 @@ def test_regularisers_are_their_closed_forms(tmp_path: Path) -> None:
     with torch.no_grad():
         plain = (net.predict(x, t, condition) - other.predict(x, t, condition)).square().flatten(1).mean(1)
     torch.testing.assert_close(Velocity(beta=1.0).penalty(views, own, far, weight)[0], plain, rtol=1e-4, atol=1e-6)
+    size, held = (one.velocity.flatten(1).norm(dim=1) / tiny.DIM**0.5 for one in (own, far))  # type: ignore[union-attr]
+    longer = torch.where(size > held, (size - held) ** 2, 0.0)
+    grown = VelocityNorm(beta=1.0).penalty(views, own, far, weight)[0]
+    torch.testing.assert_close(grown, longer, rtol=1e-4, atol=1e-6)
+    assert (longer > 0).any() and (longer == 0).any()
     # And the estimate k2 of the same divergence, from log-probabilities of the drawn states, agrees in the mean.
     with torch.no_grad():
         near = copy.deepcopy(net)
@@ -451,6 +466,21 @@ def test_an_evaluation_and_its_records(tmp_path: Path) -> None:
     picture = PIL.Image.open(io.BytesIO(base64.b64decode(sample["image"].partition(",")[2])))
     assert picture.size == (4, 4) and picture.mode == "L"
     assert {"correct", "score", "time", "noisy"} <= chain["steps"][0].keys()
+
+
+def test_large_images_are_kept_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    large = torch.rand(3, 512, 256)
+    monkeypatch.setattr(tiny.Mlp, "decode", lambda self, x_0: large.expand(len(x_0), 3, 512, 256))
+    job = tiny.job(tmp_path, tiny.policy())
+    job.evaluation = PolicyEval(problems=2, decoders={"ode": tiny.sampler(kernel=Ddim(eta=0.0), steps=2)}, shown=1)
+    job.evaluate(0)
+    sample = json.loads((tmp_path / "samples.jsonl").read_text())["image"]
+    steps = json.loads((tmp_path / "trajectories.jsonl").read_text())["steps"]
+    sizes = [
+        PIL.Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).size
+        for url in (sample, *(step[key] for step in steps for key in ("image", "guess_image")))
+    ]
+    assert sizes == [(128, 256), *[(64, 128)] * 4]
 
 
 @pytest.mark.parametrize("steps", [3, 12])

@@ -129,11 +129,6 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
         assert answer(*wrong)[0] == 2
 
 
-def test_recipes_of_images_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "gardo/full"]) == 2
-    assert "policy.task: 'prompts' has samples of kind 'image' (allowed: tasks of texts" in capsys.readouterr().err
-
-
 def test_time_follows_the_work() -> None:
     recipe, shape = full()
     work = plan.work_of(recipe, shape, 8, 256)

@@ -78,6 +78,20 @@ def test_average_and_reference_follow_their_formulas() -> None:
             torch.testing.assert_close(snapshots.sets["reference"].values[name], reference[name])
 
 
+def test_an_average_that_moves_every_third_update() -> None:
+    net = tiny.denoiser()
+    snapshots = Snapshots(net, SnapshotConfig(ema_decay=0.9, ema_every=3), keep_reference=False)
+    average = values(net)
+    for update in range(1, 8):
+        tiny.shifted(net, seed=update)
+        live = values(net)
+        snapshots.after_update(update)
+        if update in (3, 6):
+            average = {name: 0.9 * average[name] + 0.1 * live[name] for name in live}
+        for name in live:
+            torch.testing.assert_close(snapshots.sets["ema"].values[name], average[name])
+
+
 @pytest.mark.parametrize(
     ("following", "decays"),
     [

@@ -8,11 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from unveil.denoisers.base import DenoiserSpec, MaskedDenoiser
+from unveil.denoisers.live_bytes import LiveBytes
 from unveil.learning.scoring import score_tokens
 from unveil.seeds import generator
 
@@ -36,7 +34,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device, fixed: Sequence
         torch.cuda.reset_peak_memory_stats(device)
         call()
         return torch.cuda.max_memory_allocated(device)
-    with _LiveBytes(fixed) as live:
+    with LiveBytes(fixed) as live:
         call()
     return live.peak
 
@@ -81,29 +79,6 @@ def log_prob_memory(
         "demand": DEMAND,
         "holds": peak <= DEMAND * reference,
     }
-
-
-class _LiveBytes(TorchDispatchMode):
-    """Sums the storages that operators returned and that are still alive."""
-
-    def __init__(self, fixed: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = 0
-        self._count(fixed)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self._count([leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)])
-        return result
-
-    def _count(self, tensors: Sequence[Tensor]) -> None:
-        self.storages = {key: entry for key, entry in self.storages.items() if not entry[0].expired()}
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            reference = StorageWeakRef(storage)
-            self.storages[reference.cdata] = (reference, storage.nbytes())
-        self.peak = max(self.peak, sum(size for _, size in self.storages.values()))
 
 
 class _HeadOnly(MaskedDenoiser):

@@ -11,8 +11,10 @@ learning rate of one grid, chosen on a seed that is not reported (first to reach
 3. A window of 2 of 10 steps (Fast): the same goal with <= 60 % of the forwards of training of Flow-GRPO, in the mean.
 4. KL in mean space: at equal reward (interpolated, at the highest that both reach) nearer to real images than without,
    in the mean.
-5. DDPO: importance sampling reaches the goal with <= 0.7 of the reward queries of reward-weighted regression (softmax),
-   in the mean; the score function lies between the two or is as good as the first.
+5. DDPO: importance sampling reaches the goal with <= 0.7 of the reward queries of reward-weighted regression, in the
+   mean; the score function lies between the two or is as good as the first. Reward-weighted regression has four forms,
+   each with its own learning rate: softmax weights on DDPO's own rollouts, and, on images of the ODE, softmax weights
+   with temperature 1 and 0.3, and the best quarter. That which needs the fewest queries counts.
 Reported without a demand: diversity within a prompt, distance to real images, Frechet distance, cost.
 """
 
@@ -39,6 +41,7 @@ from unveil.claims.image_learning import (
     Method,
     crossing,
     learn,
+    ode,
     soonest,
     table,
 )
@@ -56,6 +59,7 @@ from unveil.claims.laboratory import (
 )
 from unveil.denoisers.continuous import Condition, ContinuousDenoiser, ContinuousSpec
 from unveil.denoisers.load import load_denoiser
+from unveil.learning.advantages import RewardWeights
 from unveil.learning.objectives import Clipped
 from unveil.learning.regularisers import MeanSpace
 from unveil.processes.gaussian import Flow, Gaussian, GaussianProcess, Guess
@@ -69,7 +73,14 @@ from unveil.training.policy_config import PolicyConfig, RolloutConfig
 
 UPDATES, POINTS = 40, 20
 BETA = 0.3
-METHODS = ("flow_grpo", "flow_grpo fast", "flow_grpo KL", "ddpo IS", "ddpo SF", "RWR")
+RWR = {
+    "RWR": RewardWeights(),
+    "RWR ODE": RewardWeights(),
+    "RWR ODE 0.3": RewardWeights(temperature=0.3),
+    "RWR ODE best": RewardWeights(form="top"),
+}
+"""Its forms; the first on DDPO's rollouts, the others on the ODE's."""
+METHODS = ("flow_grpo", "flow_grpo fast", "flow_grpo KL", "ddpo IS", "ddpo SF", *RWR)
 WINDOW_SHARE, QUERY_SHARE = 0.6, 0.7
 
 
@@ -115,8 +126,9 @@ def _method(name: str) -> Method:
         sampler, choices = variant("fast" if name.endswith("fast") else "full", **SHAPE)
         kl = MeanSpace(beta=BETA if name.endswith("KL") else 0.0, rate=True)
         return Method(sampler=sampler, choices=vars(choices) | {"objective": clipped, "kl": kl})
-    known = {"ddpo IS": vars(Ddpo()) | {"objective": clipped}, "ddpo SF": vars(DdpoSf()), "RWR": vars(Rwr())}
-    return Method(sampler=LatentSampler(kernel=Ddim(eta=1.0), **SHAPE), choices=known[name])
+    ddpo = {"ddpo IS": vars(Ddpo()) | {"objective": clipped}, "ddpo SF": vars(DdpoSf())}
+    known = ddpo | {form: vars(Rwr(advantage=weights)) for form, weights in RWR.items()}
+    return Method(sampler=ode() if "ODE" in name else ode(kernel=Ddim(eta=1.0)), choices=known[name])
 
 
 def _policy(out: Path, seed: int, method: str, lr: float, updates: int) -> Measured:
@@ -237,14 +249,17 @@ def _kl_check(by_method: dict[str, list[Measured]]) -> Measured:
 
 
 def _ddpo_check(by_method: dict[str, list[Measured]]) -> Measured:
-    sampled, score, weighted = (mean(by_method[name], "queries") for name in ("ddpo IS", "ddpo SF", "RWR"))
+    sampled, score = (mean(by_method[name], "queries") for name in ("ddpo IS", "ddpo SF"))
+    weighted = min(mean(by_method[name], "queries") for name in RWR)
+    peak = max(statistics.mean(max(at["accuracy"] for at in run["curve"]) for run in by_method[name]) for name in RWR)
+    names = ("ddpo IS", "ddpo SF", *RWR)
     return {
         "name": "5 DDPO against reward-weighted regression, reward queries to the goal",
-        "demand": f"IS <= {QUERY_SHARE:g} x RWR; SF no more than RWR",
-        "measured": f"IS {sampled:.0f}, SF {score:.0f}, RWR {weighted:.0f}",
+        "demand": f"IS <= {QUERY_SHARE:g} x the best RWR; SF no more than it",
+        "measured": f"IS {sampled:.0f}, SF {score:.0f}, RWR {weighted:.0f} (judge at most {100 * peak:.1f} %)",
         "holds": sampled < float("inf") and sampled <= QUERY_SHARE * weighted and score <= weighted,
         "per_seed": [
-            {"ddpo IS": a["reached"], "ddpo SF": b["reached"], "RWR": c["reached"]}
-            for a, b, c in zip(*(by_method[name] for name in ("ddpo IS", "ddpo SF", "RWR")), strict=True)
+            {name: run["reached"] for name, run in zip(names, runs, strict=True)}
+            for runs in zip(*(by_method[name] for name in names), strict=True)
         ],
     }

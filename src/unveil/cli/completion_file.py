@@ -97,11 +97,7 @@ class CompletionFile:
         held = _object(line).get(SETTINGS)
         if not isinstance(held, dict):
             raise UserError(f"--resume: {self.path} is no file of completions by `unveil eval --out`")
-        for key, value in json.loads(json.dumps(settings)).items():
-            if held.get(key) != value:
-                raise UserError(
-                    f"--resume: {self.path} was written with {key} {_short(held.get(key))}, not {_short(value)}"
-                )
+        compare(self.path, held, settings)
 
     def _parse(
         self, batch: Sequence[bytes], number: int, wanted: Sequence[tuple[str, int]], own: dict[str, Any]
@@ -113,6 +109,17 @@ class CompletionFile:
                 raise UserError(f"--resume: {self.path}:{number}: should be sample {sample} of {problem}")
             number += 1
             yield Completion(**{name: record[name] for name in _NAMES})
+
+
+def compare(path: Path, held: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Refuse to go on at ``path``, written with the settings ``held``, with other ones.
+
+    Raises:
+        UserError: naming the first that differs.
+    """
+    for key, value in json.loads(json.dumps(settings)).items():
+        if held.get(key) != value:
+            raise UserError(f"--resume: {path} was written with {key} {_short(held.get(key))}, not {_short(value)}")
 
 
 def _object(line: bytes) -> dict[str, Any]:

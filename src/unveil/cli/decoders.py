@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +23,13 @@ def plugin(text: str, option: str, family: type[Plugin]) -> dict[str, Any]:
     """
     from unveil.overrides import merge
 
-    name, colon, fields = text.rpartition(":")
+    short, _, rest = text.partition(":")
+    # A path to a class holds a colon, and so may a value behind a short name: `ddpo:function=module:name`.
+    known = "=" in rest and short in names(family)
+    name, colon, fields = (short, ":", rest) if known else text.rpartition(":")
     if not colon or "=" not in fields:
-        short, _, value = text.partition(":")
-        field = lookup(family, short).shorthand if value and short in names(family) else None
-        return {"name": text} if field is None else {"name": short, field: value}
+        field = lookup(family, short).shorthand if rest and short in names(family) else None
+        return {"name": text} if field is None else {"name": short, field: rest}
     try:
         values = merge({}, fields.split(","))
     except UserError as error:
@@ -35,6 +37,26 @@ def plugin(text: str, option: str, family: type[Plugin]) -> dict[str, Any]:
     if "name" in values:
         raise UserError(f"{option}: {text!r} names the plug-in twice")
     return {"name": name, **values}
+
+
+def listed(texts: Sequence[str]) -> list[str]:
+    """The entries of an option that may be repeated, each ``ENTRY;ENTRY;...``."""
+    return [part.strip() for text in texts for part in text.split(";") if part.strip()]
+
+
+def spelled(plugin: Plugin) -> str:
+    """A plug-in as ``NAME:field=value,...`` with the fields that are not at their default: what `plugin` reads."""
+    from unveil.recipe import default_of, dump
+
+    usual = {field.name: default_of(field) for field in fields(plugin)}  # type: ignore[arg-type]
+    own = dump(plugin)
+    told = [f"{key}={_short(own[key])}" for key in usual if key in own and getattr(plugin, key) != usual[key]]
+    return ":".join([own["name"], ",".join(told)]) if told else own["name"]
+
+
+def _short(value: Any) -> str:
+    """A whole number without ``.0``."""
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
 
 
 def rule(text: str, option: str) -> dict[str, Any]:
@@ -80,11 +102,11 @@ def sampler(settings: Mapping[str, Any], length: int, options: Mapping[str, str]
         built = build(kind, given)
         built.check_fits(length)
     except UserError as error:
-        raise UserError("\n".join(_by_option(line, options) for line in str(error).splitlines())) from error
+        raise UserError("\n".join(by_option(line, options) for line in str(error).splitlines())) from error
     return built
 
 
-def _by_option(problem: str, options: Mapping[str, str]) -> str:
+def by_option(problem: str, options: Mapping[str, str]) -> str:
     """``rule.cap: ...`` as ``--rule.cap: ...``, and ``rule.name: ...`` as ``--rule: ...``."""
     problem = problem.removeprefix("recipe: ")
     found = re.match(r"([a-z_]+)((?:\.\w+)*): ", problem)

@@ -1,4 +1,4 @@
-"""The decoders that `unveil eval` compares: every combination of rules, lengths, steps, blocks and temperatures."""
+"""The decoders of texts that `unveil eval` compares: all combinations of the values of their options."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def grid(args: argparse.Namespace, lengths: Sequence[int]) -> list[Cell]:
     Raises:
         UserError: some do not fit; all of them are named.
     """
-    from unveil.cli.decoders import plugin, sampler
+    from unveil.cli.decoders import listed, plugin, sampler
     from unveil.cli.decoders import rule as named
     from unveil.samplers.caches import Cache
     from unveil.samplers.schedules import Schedule
@@ -62,7 +62,7 @@ def grid(args: argparse.Namespace, lengths: Sequence[int]) -> list[Cell]:
         "transform": None if args.transform is None else plugin(args.transform, "--transform", Transform),
         "cache": None if args.cache is None else plugin(args.cache, "--cache", Cache),
     }
-    rules = [rule.strip() for group in args.rules or ["lcr"] for rule in group.split(";") if rule.strip()]
+    rules = listed(args.rules or ["lcr"])
     problems: dict[str, None] = {}
     cells: dict[str, Cell] = {}
     combinations = itertools.product(rules, lengths, args.steps or [None], args.blocks, args.temperature)

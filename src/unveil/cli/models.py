@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unveil.registry import UserError
+
 if TYPE_CHECKING:
     from unveil.denoisers.base import MaskedDenoiser
+    from unveil.denoisers.continuous import ContinuousDenoiser
 
 
 def set_threads() -> None:
@@ -48,18 +52,44 @@ def open_model(name: str, *, dtype: Any = "fp32", chat: bool | None = None) -> M
 
     set_threads()
     if chat is None:
-        chat = bool(_trained(name).get("model", {}).get("chat"))
+        chat = bool(trained_recipe(name).get("model", {}).get("chat"))
     return load_masked(name, dtype=dtype, chat=chat).to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def open_image_model(name: str, *, dtype: Any = "fp32", words: Sequence[str] = ()) -> ContinuousDenoiser:
+    """The image denoiser of a model folder, run folder, embedded or published model, on the GPU where there is one.
+
+    ``words`` are ``pipeline.key=value``, changes of how a published pipeline was used in training, where its run's
+    recipe is at hand.
+
+    Raises:
+        UserError: there is no such model, it is of texts, or a word does not fit it.
+    """
+    import torch
+
+    from unveil.denoisers.continuous import ContinuousDenoiser
+    from unveil.denoisers.load import load_denoiser
+    from unveil.denoisers.pipelines import PipelineOptions
+    from unveil.overrides import merge
+    from unveil.recipe import build
+
+    set_threads()
+    data = merge({"pipeline": trained_recipe(name).get("model", {}).get("pipeline") or {}}, words)["pipeline"]
+    options = build(PipelineOptions, data, "pipeline") if data else None
+    denoiser = load_denoiser(name, dtype=dtype, pipeline=options)
+    if not isinstance(denoiser, ContinuousDenoiser):
+        raise UserError(f"model {name!r}: is of kind {denoiser.medium!r} (allowed: models of images)")
+    return denoiser.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def trained_length(name: str) -> int | None:
     """The response length that a model was trained with, where its folder or its run holds a recipe."""
-    recipe = _trained(name)
+    recipe = trained_recipe(name)
     part = recipe["policy"]["rollout"] if "policy" in recipe else recipe.get("data", {})
     return part.get("response_length")
 
 
-def _trained(name: str) -> dict[str, Any]:
+def trained_recipe(name: str) -> dict[str, Any]:
     """The recipe beside a model, or of its run; empty where there is none."""
     from unveil.denoisers.load import model_folder
     from unveil.recipe import load

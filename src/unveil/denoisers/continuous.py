@@ -79,6 +79,16 @@ class Condition:
         used, index = self.index.unique(return_inverse=True)
         return Condition({name: value[used] for name, value in self.tensors.items()}, index)
 
+    def beside(self, known: Mapping[str, Tensor]) -> Condition:
+        """The same with further tensors (B, ...) that are equal for samples of one encoding."""
+        first = next(iter(self.tensors.values()))
+        own = {name: value.to(first.device) for name, value in known.items()}
+        if self.index is not None:
+            for name, value in own.items():
+                own[name] = value.new_zeros(len(first), *value.shape[1:])
+                own[name][self.index] = value
+        return Condition({**self.tensors, **own}, self.index)
+
     @classmethod
     def cat(cls, parts: Sequence[Condition]) -> Condition:
         """One below the other."""

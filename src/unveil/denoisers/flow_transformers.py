@@ -40,6 +40,11 @@ class StableDiffusion3(_FlowPipeline):
         )  # fmt: skip
         return {"states": states, "pooled": pooled}
 
+    def encoded_shapes(self) -> dict[str, tuple[int, ...]]:
+        config, words = self.network.config, self.pipe.text_encoder.config.max_position_embeddings
+        states = (words + self.options.prompt_tokens, config.joint_attention_dim)
+        return {"states": states, "pooled": (config.pooled_projection_dim,)}
+
     def call(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         return self.network(
             hidden_states=x, timestep=self.thousandths(t, torch.float32), encoder_hidden_states=condition["states"],
@@ -69,6 +74,11 @@ class Flux(_FlowPipeline):
             prompt=prompt, prompt_2=None, device=self.device, max_sequence_length=self.options.prompt_tokens
         )
         return {"states": states, "pooled": pooled}
+
+    def encoded_shapes(self) -> dict[str, tuple[int, ...]]:
+        config = self.network.config
+        states = (self.options.prompt_tokens, config.joint_attention_dim)
+        return {"states": states, "pooled": (config.pooled_projection_dim,)}
 
     def call(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         batch, channels, height, width = x.shape

@@ -85,8 +85,11 @@ def fingerprint(name_or_path: str | Path) -> str:
     """
     folder = model_folder(name_or_path)
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted([*folder.glob("*.safetensors"), folder / "config.json", *folder.glob("tokenizer*.json")]):
-        digest.update(path.name.encode())
+    files = [*folder.glob("*.safetensors"), folder / "config.json", *folder.glob("tokenizer*.json")]
+    if (folder / INDEX).is_file():
+        files = [folder / INDEX, *folder.glob("*/*.safetensors"), *folder.glob("*/*.json")]
+    for path in sorted(files):
+        digest.update(str(path.relative_to(folder)).encode())
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "blake2b").digest())
     return digest.hexdigest()
@@ -116,7 +119,7 @@ def load_denoiser(
     if (folder / INDEX).is_file():
         if chat:
             raise UserError(f"model {str(name_or_path)!r}: chat is an option of models of text only")
-        return _pipeline(folder).from_pretrained(
+        return pipeline_adapter(str(read_index(folder).get("_class_name")), folder / INDEX).from_pretrained(
             folder, dtype=dtype, options=pipeline, gradient_checkpointing=gradient_checkpointing
         )
     if pipeline is not None:
@@ -173,12 +176,15 @@ def _decoders() -> Collection[str]:
     return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
-def _pipeline(folder: Path) -> type[PipelineDenoiser]:
-    name = read_index(folder).get("_class_name")
+def pipeline_adapter(name: str, where: str | Path) -> type[PipelineDenoiser]:
+    """The adapter of pipelines of class ``name``; ``where`` says whose it is.
+
+    Raises:
+        UserError: there is none, or the extra is not installed.
+    """
     if name not in PIPELINES:
-        hint = did_you_mean(str(name), PIPELINES)
-        raise UserError(f"{folder / INDEX}: a pipeline of class {name!r} cannot be opened{hint}")
-    return _found(PIPELINES[str(name)], f"{folder}: a pipeline of class {name!r}", "diffusers", "diffusers")
+        raise UserError(f"{where}: a pipeline of class {name!r} cannot be opened{did_you_mean(name, PIPELINES)}")
+    return _found(PIPELINES[name], f"{where}: a pipeline of class {name!r}", "diffusers", "diffusers")
 
 
 def _found(place: str, what: str, package: str, extra: str) -> Any:

@@ -28,7 +28,7 @@ from unveil.registry import UserError
 INDEX = "model_index.json"
 _KEPT_PROMPTS = 64
 """Encoded prompts that stay on the device, the ones used last; 3 MB each for SD3 in bf16."""
-_NOT_LOADED = ("safety_checker", "feature_extractor", "image_encoder")
+NOT_LOADED = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts of a pipeline that take no part in denoising."""
 
 
@@ -99,7 +99,7 @@ class PipelineDenoiser(ContinuousDenoiser):
         if dtype not in DTYPES:
             raise UserError(f"dtype: {dtype!r} is not known (allowed: {', '.join(DTYPES)})")
         index = read_index(folder)
-        left_out = {name: None for name in _NOT_LOADED if name in index}
+        left_out = {name: None for name in NOT_LOADED if name in index}
         try:
             pipe = getattr(diffusers, cls.class_name).from_pretrained(
                 str(folder), dtype={"default": DTYPES[dtype], "vae": torch.float32}, use_safetensors=True,
@@ -127,6 +127,10 @@ class PipelineDenoiser(ContinuousDenoiser):
     @abstractmethod
     def encode_prompt(self, prompt: str) -> dict[str, Tensor]:
         """What the network reads of one prompt, by name, each (1, ...); "" is the unconditional one."""
+
+    @abstractmethod
+    def encoded_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of what `encode_prompt` gives, without the leading 1."""
 
     @abstractmethod
     def call(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -180,6 +184,22 @@ class PipelineDenoiser(ContinuousDenoiser):
         """Write the whole pipeline, as ``diffusers`` opens it."""
         self.pipe.save_pretrained(str(folder), safe_serialization=True)
 
+    def load_adapter(self, folder: str | Path) -> None:
+        """Put adapters, as `save_adapter` or ``diffusers`` writes them, into the network's weights for good.
+
+        Raises:
+            UserError: there are none, or they are of another network.
+        """
+        if not any(Path(folder).glob("*.safetensors")):
+            raise UserError(f"{str(folder)!r} holds no adapters (allowed: a folder with .safetensors)")
+        try:
+            self.pipe.load_lora_weights(str(folder), local_files_only=True)
+            self.pipe.fuse_lora()
+            self.pipe.unload_lora_weights()
+        except Exception as error:  # files of another network may fail in any of the library's ways
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            raise UserError(f"adapters {str(folder)!r} do not fit the model: {reason}") from error
+
     def save_adapter(self, wrapped: Any, folder: Path) -> None:
         """pytorch_lora_weights.safetensors, as ``load_lora_weights`` of the pipeline reads it."""
         from peft import get_peft_model_state_dict
@@ -217,6 +237,6 @@ def read_index(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: no readable index of a pipeline: {error}") from error
     for name, value in parts.items():
-        if not (len(value) == 2 and value[0] in ("diffusers", "transformers", None)) and name not in _NOT_LOADED:
+        if not (len(value) == 2 and value[0] in ("diffusers", "transformers", None)) and name not in NOT_LOADED:
             raise UserError(f"{path}: {name!r} is {value!r} (allowed: classes of diffusers and transformers)")
     return index

@@ -40,6 +40,10 @@ class StableDiffusion(PipelineDenoiser):
         states, _ = self.pipe.encode_prompt(prompt, self.device, 1, False)
         return {"states": states}
 
+    def encoded_shapes(self) -> dict[str, tuple[int, ...]]:
+        words = self.pipe.text_encoder.config.max_position_embeddings
+        return {"states": (words, self.network.config.cross_attention_dim)}
+
     def call(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         return self.network(x, self.timestep(t), encoder_hidden_states=condition["states"], return_dict=False)[0]
 
@@ -63,6 +67,10 @@ class StableDiffusionXl(StableDiffusion):
         # Original size, the corner of the crop, size: as if nothing had been cut off.
         sizes = torch.tensor([[side, side, 0, 0, side, side]], dtype=states.dtype)
         return {"states": states, "pooled": pooled, "sizes": sizes}
+
+    def encoded_shapes(self) -> dict[str, tuple[int, ...]]:
+        width = self.pipe.text_encoder_2.config.projection_dim
+        return super().encoded_shapes() | {"pooled": (width,), "sizes": (6,)}
 
     def call(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         added = {"text_embeds": condition["pooled"], "time_ids": condition["sizes"]}

@@ -26,6 +26,8 @@ class Advantage(Plugin, family="advantage"):
     """True if the steps of a chain differ in their advantages."""
     reads_parts: ClassVar[bool] = False
     """True if it wants the parts of a sum of rewards apart: `mix` is then asked instead of `advantages`."""
+    by_group: ClassVar[bool] = False
+    """True if a sample is compared with the others of its group alone: small groups then make it mostly noise."""
     by_prompt: ClassVar[bool] = False
     """True if chains belong together by their prompt: equal prompts have equal ids, at every update of every run."""
     features: Features | None = None
@@ -67,6 +69,7 @@ class Advantage(Plugin, family="advantage"):
 class GroupAdvantage(Advantage, name="group"):
     """The finished response's reward against its group: (r - mean) / std, the same at every step (GRPO)."""
 
+    by_group: ClassVar[bool] = True
     center: Literal["mean", "leave_one_out"] = "mean"
     """What is subtracted: the group's mean, or the mean of the others (RLOO)."""
     scale: Literal["std", "batch_std", "none"] = "std"
@@ -128,18 +131,24 @@ class PromptHistory(Advantage, name="prompt_history"):
 class RewardWeights(Advantage, name="reward_weights"):
     """No advantage but a weight >= 0 with mean 1 over the update: reward-weighted regression."""
 
-    form: Literal["softmax", "top"] = "softmax"
-    """exp(z / temperature) of the update's z-scores z, or 1 for the best ``share`` of the chains and 0 for the rest."""
+    form: Literal["softmax", "top", "threshold"] = "softmax"
+    """exp(z / temperature) of the update's z-scores z; 1 for the best ``share`` of the chains and 0 for the rest; or 1
+    where z is above ``threshold`` and 0 elsewhere, over their mean: all are 0 if no z is."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Of the softmax; small ones look at the best chains alone."""
     share: Annotated[float, Field(gt=0, le=1)] = 0.25
     """Of ``top``."""
+    threshold: float = 0.0
+    """Of ``threshold``, in standard deviations from the update's mean."""
 
     def advantages(self, rewards: Tensor, active: Tensor, group: Tensor) -> Tensor:
         final = terminal(rewards, active).double()
+        z = (final - final.mean()) / (final.std(correction=0) + EPSILON)
         if self.form == "softmax":
-            z = (final - final.mean()) / (final.std(correction=0) + EPSILON)
             weight = (z / self.temperature).softmax(0) * len(final)
+        elif self.form == "threshold":
+            above = (z > self.threshold).double()
+            weight = above / above.mean().clamp(min=1 / len(final))
         else:
             chosen = max(1, round(self.share * len(final)))
             # Equal rewards at the border share what is left for them, so that their order decides nothing.
@@ -154,6 +163,7 @@ class Mixed(Advantage, name="mixed"):
     """Normalise, then sum: each part of a sum of rewards becomes an advantage by itself, and these are added with the
     parts' weights. A reward of large spread then no longer drowns the others (MixGRPO, 2507.21802; GDPO)."""
 
+    by_group: ClassVar[bool] = True
     reads_parts = True
 
     of: Advantage = field(default_factory=GroupAdvantage)

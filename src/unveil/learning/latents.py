@@ -34,6 +34,7 @@ class StepViews(Views):
         ends: (N, 2) float64, the times t and s.
     """
 
+    called = "steps of latents"
     steps_are_units: ClassVar[bool] = True
 
     trajectory: LatentTrajectory
@@ -58,6 +59,7 @@ class StepViews(Views):
 class TransitionLikelihood(Likelihood, name="transition"):
     """log p(x_s | x_t) of the steps that the sampler `latent` drew with noise."""
 
+    makes = StepViews
     gives: ClassVar[frozenset[str]] = frozenset({"mean", "std", "velocity"})
     form: Literal["density", "squares"] = "density"
     """``squares``: -|x_s - mean|^2 alone, 2 std^2 times the log-density but for a constant (CPS's code): noisy steps

@@ -72,6 +72,8 @@ class TokenViews(Views):
         times: (N,) the time that a time-conditioned network is told; None: it has none.
     """
 
+    called = "tokens"
+
     ids: Tensor
     valid: Tensor
     prompt_width: int
@@ -112,6 +114,8 @@ class TokenViews(Views):
 
 class TokenLikelihood(Likelihood):
     """Scores tokens that were drawn by the sampler 'masked'."""
+
+    makes = TokenViews
 
     def check_fits(self, sampler: Sampler, denoiser: MaskedDenoiser) -> None:
         if sampler.name != "masked":

@@ -9,7 +9,7 @@ reference and new network see the same ones, and neither batch nor rank changes 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
@@ -37,6 +37,8 @@ class NoisedViews(Views):
         seeds: (N,) of each copy's noise.
         coefficient: (N,) factor of each copy's log-probability in every sum.
     """
+
+    called = "noised copies of samples"
 
     trajectory: LatentTrajectory
     times: Tensor
@@ -71,6 +73,8 @@ class SamplerGrid(TimeDistribution, name="sampler_grid"):
     """Steps left out at the noisy end."""
     share: Annotated[float, Field(gt=0, le=1)] = 0.99
     """The times of the first ``share`` of the steps; below 1 at least the last is left out."""
+    initial: bool = False
+    """One copy of every sample is at the first of them, the others at the rest (AWM's ``discrete_with_init``)."""
 
     def count(self, steps: int) -> int:
         """How many of the times of ``steps`` steps there are."""
@@ -79,6 +83,16 @@ class SamplerGrid(TimeDistribution, name="sampler_grid"):
     def place(self, u: Tensor, steps: int) -> Tensor:
         """The steps whose times they are, of uniforms u in (0, 1)."""
         return self.first + (u.double() * self.count(steps)).long()
+
+    def spaced(self, u: Tensor, draws: int, steps: int) -> Tensor:
+        """The steps (B, draws) of so many copies at equal distances, no two at one time; u (B, 1) in (0, 1 / draws)."""
+        if not self.initial:
+            return self.place(torch.arange(draws) / draws + u, steps)
+        zero = torch.full((len(u), 1), self.first)
+        if draws == 1:
+            return zero
+        rest, share = replace(self, first=self.first + 1, initial=False), draws / (draws - 1)
+        return torch.cat([zero, rest.spaced(share * u, draws - 1, steps)], 1)
 
     def times(self, u: Tensor, process: GaussianProcess) -> Tensor:
         raise TypeError("the times are the trajectory's")
@@ -121,6 +135,7 @@ def recognise(denoiser: ContinuousDenoiser, views: NoisedViews) -> Recognised:
 class FinishedLikelihood(Likelihood):
     """Scores finished samples of the sampler `latent`."""
 
+    makes: ClassVar[type[Views]] = NoisedViews
     gives: ClassVar[frozenset[str]] = frozenset({"velocity"})
     resamples = True
     per_step: ClassVar[bool] = False
@@ -179,8 +194,7 @@ class CopyLikelihood(FinishedLikelihood):
         u, noise = strata(seeds, draws, inner)
         if grid is not None:
             assert trajectory.times is not None
-            u = torch.arange(draws) / draws + u[:, :1]  # all copies at equal distances: no two at one time
-            steps = grid.place(u, trajectory.steps)
+            steps = grid.spaced(u[:, :1], draws, trajectory.steps)
             times = trajectory.times.gather(1, steps)
         else:
             steps = torch.arange(draws).expand(u.shape)

@@ -29,6 +29,8 @@ class Objective(Plugin, family="objective"):
     sum of theirs.
     """
 
+    reads_advantages: ClassVar[bool] = True
+    """False if what was good is in the weights alone."""
     level: Level = "token"
     normalise: bool = False
     """Divide a unit's log-probability by its length: the ratio is then a geometric mean (GSPO)."""
@@ -155,6 +157,12 @@ class Weighting(Plugin, family="weighting"):
 
     needs: ClassVar[frozenset[str]] = frozenset()
     """Trajectory fields that `weights` reads."""
+    reads_views: type[Views] = Views
+    """The kind of views that `weights` reads."""
+    weighs_orders: ClassVar[bool] = True
+    """False if it has weights for tokens alone: what a learned rule chose would have none."""
+    carries_advantages: ClassVar[bool] = False
+    """True if the weights say what was good, so that no objective shall say it again."""
 
     def weights(
         self, views: Any, advantage: Tensor, trajectory: Any, total: Callable[[float], float]

@@ -21,6 +21,8 @@ class Regulariser(Plugin, family="regulariser", default="kl"):
 
     reads: ClassVar[frozenset[str]] = frozenset()
     """Fields of `Scores` that are read of the snapshot besides the log-probabilities."""
+    reads_views: ClassVar[type[Views]] = Views
+    """The kind of views that `penalty` reads."""
     beta: Annotated[float, Field(ge=0)] = 0.0
     """Strength; at 0 no snapshot is evaluated."""
     towards: Towards = "reference"
@@ -88,3 +90,18 @@ class Velocity(Regulariser, name="velocity"):
         assert scores.velocity is not None and other.velocity is not None
         difference = scores.velocity - other.velocity.to(scores.velocity.device)
         return difference.square().flatten(1).mean(1), weight.sum(1)
+
+
+@dataclass(kw_only=True)
+class VelocityNorm(Regulariser, name="velocity_norm"):
+    """max(0, |v| - |v of the snapshot|)^2 with root mean squares over dimensions: velocities may turn, and not grow.
+
+    Methods that match finished samples push bad ones away, and velocities grow by it; ``velocity_scale`` in the log.
+    """
+
+    reads: ClassVar[frozenset[str]] = frozenset({"velocity"})
+
+    def penalty(self, views: Any, scores: Scores, other: Scores, weight: Tensor) -> tuple[Tensor, Tensor]:
+        assert scores.velocity is not None and other.velocity is not None
+        own, held = (one.flatten(1).square().mean(1).sqrt() for one in (scores.velocity, other.velocity))
+        return (own - held.to(own.device)).clamp(min=0).square(), weight.sum(1)

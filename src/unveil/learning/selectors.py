@@ -67,18 +67,6 @@ class TopAdvantage(Selector, name="top_advantage"):
 
 
 @dataclass(kw_only=True)
-class UniformSteps(Selector, name="uniform"):
-    """k uniformly drawn steps of a chain."""
-
-    k: Annotated[int, Field(ge=1)] = 8
-    """Steps per chain."""
-
-    def choose(self, advantages: Tensor, trajectory: Trajectory, seeds: Sequence[int], spec: Any) -> Tensor:
-        draws = [torch.rand(trajectory.steps, generator=generator(seed, "steps")) for seed in seeds]
-        return _largest(torch.stack(draws), trajectory.decided, self.k)
-
-
-@dataclass(kw_only=True)
 class ButLast(Selector, name="but_last"):
     """All steps that chose something but a chain's last one, whose noise is next to none; or a share of them, drawn
     anew for every chain (DanceGRPO, 2505.07818)."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from unveil.registry import Plugin
+from unveil.rewards.base import Metadata, Reward
 from unveil.samplers.base import Sampler
 
 
@@ -39,6 +40,10 @@ class Views:
         length: (N,) this view's share of what a ratio is normalised by.
     """
 
+    called: ClassVar[str] = "views"
+    """What they show, for messages."""
+    opposed: ClassVar[bool] = False
+    """True if the items of a view pull opposite ways, so that only weights that carry the advantage tell them apart."""
     steps_are_units: ClassVar[bool] = False
     """True if every view is one step with one item: what is measured can be told step by step."""
 
@@ -73,6 +78,21 @@ class Views:
         """The fields that have a leading axis of views."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a reward was asked about B chains, for likelihoods that ask it again.
+
+    Attributes:
+        reward: the one that is optimised.
+        prompts: (B) of the problems.
+        metadata: (B) see `unveil.rewards.base.Metadata`.
+    """
+
+    reward: Reward
+    prompts: Sequence[str]
+    metadata: Sequence[Metadata]
 
 
 @dataclass(kw_only=True)
@@ -117,11 +137,15 @@ class Likelihood(Plugin, family="likelihood"):
     per_step: ClassVar[bool] = True
     """True if views belong to steps (a selector chooses which), False if they stand for the whole chain."""
 
+    makes: ClassVar[type[Views]] = Views
+    """The kind of its views: weightings and regularisers may read more of them than what all views have."""
     gives: ClassVar[frozenset[str]] = frozenset()
     """Fields of `Scores` that it fills besides log-probabilities and entropies."""
     reads_old: ClassVar[frozenset[str]] = frozenset()
     """Fields of `Scores` that `score` reads of the policy that drew the chains, besides the log-probabilities. If there
     are any, `score` takes that policy's scores of the same views as ``old``; None while it is scored itself."""
+    differentiates: ClassVar[bool] = False
+    """True if its scores are those of the reward, which must then have a gradient."""
 
     @property
     def scores_samples(self) -> bool:
@@ -138,6 +162,10 @@ class Likelihood(Plugin, family="likelihood"):
     def views(self, trajectory: Any, chosen: Tensor, seeds: Sequence[int], spec: Any, inner: Inner = FIRST) -> Any:
         """Views of the ``chosen`` (B, S) steps (those with a weight above 0); ``seeds`` holds one per chain."""
         raise NotImplementedError
+
+    def rewarded(self, views: Any, asked: Asked) -> Any:
+        """The views, knowing the reward of their chains, for likelihoods that read it."""
+        return views
 
     def recorded(self, views: Any, trajectory: Any) -> Tensor | None:
         """(N, C) log-probabilities by the policy that drew the chains, where they were recorded; None: score them."""

@@ -6,30 +6,33 @@ on-policy ratio is exactly 1. On any path, with r = (alpha_t sigma_s) / (alpha_s
 | kernel | mean | std |
 |---|---|---|
 | `ddim` | alpha_s x_0 + sqrt(sigma_s^2 - std^2) eps | eta sigma_s sqrt(1 - r^2) |
+| `tau` | alpha_s x_0 + sqrt(sigma_s^2 - std^2) eps | sigma_s sqrt(1 - r^(2 tau^2)) |
 | `cps` | alpha_s x_0 + sigma_s cos(noise pi/2) eps | sigma_s sin(noise pi/2) |
 | `flow` | x_t + [velocity + g^2 / (2 sigma_t) eps] (s - t) | g sqrt(t - s), g^2 = noise^2 sigma_t / alpha_t |
 | `dance` | as `flow` | as `flow`, g constant |
 
 `ddim` with eta 0 is the exact step of the ODE for a constant guess (`deterministic`), with eta 1 the DDPM posterior and
-the first-order SDE-DPM-Solver++: no noise is left over at the end, however few the steps. `flow` and `dance` are
-Euler-Maruyama steps of an SDE: in few steps visible noise remains. The marginals of all three become the process's as
-steps become small. Those of `cps` do not: it keeps the total amount of noise, at any number of steps.
+the first-order SDE-DPM-Solver++: no noise is left over at the end, however few the steps. `tau` is the exact step of
+the SDE with tau times that noise rate: the same at tau 0 and 1, and what SA-Solver's steps are made with. `flow` and
+`dance` are Euler-Maruyama steps of an SDE: in few steps visible noise remains. The marginals of all four become the
+process's as steps become small. Those of `cps` do not: it keeps the total amount of noise, at any number of steps.
 
-Sources: DDIM (arXiv 2010.02502), Flow-GRPO (2505.05470), DanceGRPO (2505.07818), CPS (2509.05952).
+Sources: DDIM (arXiv 2010.02502), Flow-GRPO (2505.05470), DanceGRPO (2505.07818), CPS (2509.05952), SA-Solver
+(2309.05019).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from unveil.processes.gaussian import Form, Gaussian, GaussianProcess, Guess, full, remembered, spread
-from unveil.registry import Plugin
+from unveil.registry import Plugin, UserError
 
 Shares = tuple[Tensor, Tensor, Tensor]
 """Two factors (B, 1, ...) of samples, and the std (B,) float64 of a step."""
@@ -43,6 +46,9 @@ def deterministic(process: GaussianProcess, guess: Guess, s: Tensor) -> Tensor:
 
 class Kernel(Plugin, family="kernel"):
     """A stochastic step from t to s. A kernel is a frozen dataclass: what it says of times is remembered."""
+
+    mixes: ClassVar[bool] = False
+    """True if the mean is alpha_s x_0 + sqrt(sigma_s^2 - std^2) eps: the std then says all of the step."""
 
     @property
     def stochastic(self) -> bool:
@@ -61,6 +67,8 @@ class Kernel(Plugin, family="kernel"):
 @dataclass(frozen=True, kw_only=True)
 class Ddim(Kernel, name="ddim"):
     """DDIM with noise. A step to s = 0 is deterministic."""
+
+    mixes: ClassVar[bool] = True
 
     eta: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Share of the noise of the DDPM posterior; 0 is the ODE."""
@@ -86,6 +94,8 @@ class Ddim(Kernel, name="ddim"):
 @dataclass(frozen=True, kw_only=True)
 class CoefficientsPreserving(Kernel, name="cps"):
     """CPS: a fixed share of the noise that is left is drawn anew. A step to s = 0 is deterministic."""
+
+    mixes: ClassVar[bool] = True
 
     noise: Annotated[float, Field(ge=0, le=1)] = 0.8
     """0 is the ODE, 1 draws all noise anew."""
@@ -123,6 +133,40 @@ class EulerMaruyama(Kernel):
         process.check_times(t, s)
         squared, length = self.squared_rate(process, t, s), t - s
         return spread(squared / (2 * process.sigma(t)), form), spread(length, form), (squared * length).sqrt()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tau(Kernel, name="tau"):
+    """The reverse SDE with ``tau`` times the noise rate of the DDPM posterior, exact for a constant guess (SA-Solver).
+    A step to s = 0, or to a time outside an interval, is deterministic."""
+
+    mixes: ClassVar[bool] = True
+    tau: Annotated[float, Field(ge=0)] = 1.0
+    """0 is the ODE; above 1 more noise is drawn, and taken away, than the posterior's."""
+    low: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Steps to a time s below it have no noise."""
+    high: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Nor have those to a time above it."""
+
+    def __post_init__(self) -> None:
+        if not self.low < self.high:
+            raise UserError(f"high: should be greater than low, got {self.high:g} and {self.low:g}")
+
+    @property
+    def stochastic(self) -> bool:
+        return self.tau > 0
+
+    def step(self, process: GaussianProcess, guess: Guess, x: Tensor, t: Tensor, s: Tensor) -> Gaussian:
+        return _mixed(guess, self._shares(process, t, s, Form.of(guess.x0)))
+
+    @remembered
+    def _shares(self, process: GaussianProcess, t: Tensor, s: Tensor, form: Form) -> Shares:
+        process.check_times(t, s)
+        sigma = process.sigma(s)
+        inside = (s >= self.low) & (s <= self.high)
+        ratio = process.alpha(t) * sigma / (process.alpha(s) * process.sigma(t))
+        share = torch.where(inside, ratio**self.tau**2, 1.0)  # of the noise that stays: exp(-tau^2 h)
+        return spread(process.alpha(s), form), spread(sigma * share, form), sigma * (1 - share**2).sqrt()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,6 @@ from typing import Any
 from unveil.registry import UserError
 
 _MARKERS = "osD^vPX*"
-_KEYS = ("decoder", "length", "block", "temperature")
-"""What one line of the picture has in common; along it the steps change."""
 
 
 def check_target(path: Path) -> None:
@@ -29,34 +27,35 @@ def check_target(path: Path) -> None:
         raise UserError("--plot: drawing needs an extra (pip install 'unveil[plot]')")
 
 
-def draw(results: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
-    """Write a PNG: accuracy in percent with its interval against forwards per completion, a line per decoder.
+def draw(results: Sequence[Mapping[str, Any]], path: Path, *, title: str, along: Sequence[str]) -> None:
+    """Write a PNG: accuracy in percent with its interval against forwards per sample, a line per decoder.
 
-    Forwards, not steps, since rules that set their own pace have no steps and every decoder has a cost.
+    ``along`` are the keys of ``results`` that are the same on one line, the decoder's name first. Forwards, not steps,
+    since rules that set their own pace have no steps and every decoder has a cost.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import ScalarFormatter
 
     lines: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for result in results:
-        lines.setdefault(tuple(result[key] for key in _KEYS), []).append(result)
+        lines.setdefault(tuple(result[key] for key in along), []).append(result)
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.subplots()
     for place, (own, points) in enumerate(lines.items()):
-        ordered = sorted(points, key=lambda point: point["forwards_per_completion"])
+        ordered = sorted(points, key=_cost)
         y = [100 * point["accuracy"] for point in ordered]
         below = [max(0.0, at - 100 * point["low"]) for at, point in zip(y, ordered, strict=True)]
         above = [max(0.0, 100 * point["high"] - at) for at, point in zip(y, ordered, strict=True)]
         axes.errorbar(
-            [point["forwards_per_completion"] for point in ordered], y, [below, above],
+            [_cost(point) for point in ordered], y, [below, above],
             color=f"C{place % 10}", marker=_MARKERS[place // 10 % len(_MARKERS)], capsize=3, linewidth=1.5,
-            label=_label(own, list(lines)),
+            label=_label(own, list(lines), along),
         )  # fmt: skip
-    costs = {result["forwards_per_completion"] for result in results}
+    costs = {_cost(result) for result in results}
     if max(costs) > 4 * min(costs):
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.set_xlabel("network evaluations per completion")
+    axes.set_xlabel("network evaluations per sample")
     axes.set_ylabel("accuracy, %, with 95 % interval")
     axes.set_ylim(bottom=0)
     axes.set_title(title)
@@ -66,10 +65,15 @@ def draw(results: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> Non
     figure.savefig(path, dpi=150)
 
 
-def _label(own: tuple[Any, ...], every: Sequence[tuple[Any, ...]]) -> str:
+def _cost(result: Mapping[str, Any]) -> float:
+    """Network evaluations of a completion, or of an image."""
+    return result["forwards_per_completion"] if "forwards_per_completion" in result else result["forwards_per_sample"]
+
+
+def _label(own: tuple[Any, ...], every: Sequence[tuple[Any, ...]], along: Sequence[str]) -> str:
     """The decoder, and those of its settings that are not the same in all lines."""
     words = [str(own[0])]
-    for place, key in enumerate(_KEYS[1:], start=1):
+    for place, key in enumerate(along[1:], start=1):
         if len({other[place] for other in every}) > 1:
             words.append(f"{key} {'full' if own[place] is None else own[place]}")
     return ", ".join(words)
@@ -79,7 +83,12 @@ def write_numbers(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Write a CSV file: one row per decoder, one column per number; pass@k in columns of their own."""
     rows = []
     for result in results:
-        row = {key: value for key, value in result.items() if key != "pass_at_k"}
+        row: dict[str, Any] = {}
+        for key, value in result.items():
+            if isinstance(value, Mapping):  # named numbers: of images their measures and rewards
+                row |= {f"{key}/{name}": one["value"] for name, one in value.items()}
+            elif key != "pass_at_k":
+                row[key] = value
         for one in result["pass_at_k"]:
             row |= {f"pass@{one['k']}": one["value"], f"pass@{one['k']} low": one["low"]}
             row |= {f"pass@{one['k']} high": one["high"]}

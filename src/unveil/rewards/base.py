@@ -10,10 +10,13 @@ import math
 import queue
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
-from unveil.registry import Plugin, UserError
+import torch
+from torch import Tensor
+
+from unveil.registry import Plugin, UserError, names
 
 T = TypeVar("T")
 Metadata = Mapping[str, Any]
@@ -70,6 +73,8 @@ class Reward(Plugin, family="reward"):
 
     medium: ClassVar[Literal["text", "image"] | None] = None
     """What it can score; None: whatever comes."""
+    differentiable: ClassVar[bool] = False
+    """True if it has `values`: scores of images with a gradient."""
 
     @property
     def part_weights(self) -> dict[str, float]:
@@ -81,6 +86,10 @@ class Reward(Plugin, family="reward"):
         """Of the parts that a sum only watches, in training too."""
         return {}
 
+    def at(self, update: int) -> Reward:
+        """The reward of one update of a run."""
+        return self
+
     def scores(self, completions: list[Any], prompts: list[str], metadata: list[Metadata]) -> Sequence[Score]:
         """N scores of N completions. May raise anything: all N have then failed.
 
@@ -91,6 +100,25 @@ class Reward(Plugin, family="reward"):
             metadata: see `Metadata`.
         """
         raise NotImplementedError
+
+    def values(self, images: Tensor, prompts: list[str], metadata: list[Metadata]) -> Tensor:
+        """(N,) scores of images (N, C, H, W) in [0, 1], through which gradients reach the pixels; for rewards that are
+        ``differentiable``. The same numbers as `scores`, of the same arguments.
+        """
+        raise NotImplementedError
+
+    def check_differentiable(self, path: str) -> None:
+        """Refuse a reward without a gradient.
+
+        Args:
+            path: where the reward stands in the recipe.
+
+        Raises:
+            UserError: naming ``path`` and what is allowed.
+        """
+        if not self.differentiable:
+            known = [name for name in names(Reward) if getattr(Reward.known[name], "differentiable", False)]
+            raise UserError(f"{path}: {self.name!r} has no gradient (allowed: {', '.join(known)})")
 
     def check_medium(self, medium: str, path: str) -> None:
         """Refuse samples that it cannot score.
@@ -157,12 +185,23 @@ class Part:
     role: Literal["optimise", "audit", "evaluate"] = "optimise"
     """``optimise``: in the sum. ``audit``: logged beside it and never trained on; a gate may read it.
     ``evaluate``: asked at evaluations alone, for what is too slow to be watched."""
+    updates: list[tuple[int, int | None]] = field(default_factory=list)
+    """Of a curriculum: the updates [from, to) at which the part is optimised, to null: up to the end. At the others it
+    is only asked at evaluations. Empty: all updates."""
+
+    def optimised_at(self, update: int) -> bool:
+        """Whether the part is in the sum of that update."""
+        inside = any(start <= update and (end is None or update < end) for start, end in self.updates)
+        return self.role == "optimise" and (inside or not self.updates)
 
 
 @dataclass(kw_only=True)
 class Sum(Reward, name="sum"):
-    """A weighted sum. A part that does not apply to a completion adds nothing; if none applies, the sum does not. If an
-    optimised part fails on a completion, the sum fails on it: a sum with a hole is no fair comparison."""
+    """A weighted sum; differentiable if all the parts are that it optimises. A part that does not apply to a completion
+    adds nothing; if none applies, the sum does not. If an optimised part fails on a completion, the sum fails on it: a
+    sum with a hole is no fair comparison."""
+
+    differentiable = True
 
     parts: dict[str, Part]
     """The parts by a name for the log: their means are logged as ``reward/NAME``."""
@@ -173,10 +212,37 @@ class Sum(Reward, name="sum"):
         for name, part in self.parts.items():
             if isinstance(part.reward, Sum):
                 raise UserError(f"parts.{name}.reward: a sum inside a sum (allowed: its parts themselves)")
+            if part.updates and part.role != "optimise":
+                raise UserError(f"parts.{name}.updates: only for parts with the role 'optimise', not {part.role!r}")
+            for start, end in part.updates:
+                if start < 0 or (end is not None and end <= start):
+                    said = [start, end]
+                    raise UserError(f"parts.{name}.updates: should be [from, to] with 0 <= from < to, got {said}")
+        borders = {0, *(border for part in self.parts.values() for own in part.updates for border in own if border)}
+        for update in sorted(borders):
+            if not any(part.optimised_at(update) for part in self.parts.values()):
+                raise UserError(f"parts: none is optimised at update {update} (see updates)")
+
+    def at(self, update: int) -> Sum:
+        resting = {
+            name: replace(part, role="evaluate", updates=[])
+            for name, part in self.parts.items()
+            if part.role == "optimise" and not part.optimised_at(update)
+        }
+        return replace(self, parts=self.parts | resting) if resting else self
 
     def check_medium(self, medium: str, path: str) -> None:
         for name, part in self.parts.items():
             part.reward.check_medium(medium, f"{path}.parts.{name}.reward")
+
+    def check_differentiable(self, path: str) -> None:
+        for name in self.part_weights:
+            self.parts[name].reward.check_differentiable(f"{path}.parts.{name}.reward")
+
+    def values(self, images: Tensor, prompts: list[str], metadata: list[Metadata]) -> Tensor:
+        weights = self.part_weights.items()
+        own = [weight * self.parts[name].reward.values(images, prompts, metadata) for name, weight in weights]
+        return torch.stack([value.to(own[0]) for value in own]).sum(0)
 
     @property
     def part_weights(self) -> dict[str, float]:

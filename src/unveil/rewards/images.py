@@ -46,6 +46,13 @@ def data_url(image: Tensor) -> str:
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
+def jpeg(image: Tensor, quality: int = 75) -> bytes:
+    """The image as a JPEG; the default is Pillow's."""
+    buffer = io.BytesIO()
+    pil_image(image).save(buffer, format="JPEG", quality=quality)
+    return buffer.getvalue()
+
+
 def image_batch(completions: Sequence[Any]) -> Tensor:
     """(N, C, H, W) in [0, 1] of images of one size.
 
@@ -77,9 +84,7 @@ class JpegSize(Reward, name="jpeg"):
         return [sign * self._kilobytes(image) for image in completions]
 
     def _kilobytes(self, image: Tensor) -> float:
-        buffer = io.BytesIO()
-        pil_image(image).save(buffer, format="JPEG", quality=self.quality)
-        return len(buffer.getvalue()) / 1000
+        return len(jpeg(image, self.quality)) / 1000
 
 
 @dataclass(kw_only=True)
@@ -87,6 +92,7 @@ class ClassProbability(Reward, name="classifier"):
     """How sure a classifier is of the class that was asked for (``label`` of the problem's answer)."""
 
     medium = "image"
+    differentiable = True
 
     network: str
     """Name of an embedded classifier, or path of a safetensors file (see `unveil.rewards.networks`)."""
@@ -102,12 +108,15 @@ class ClassProbability(Reward, name="classifier"):
 
     @torch.no_grad()
     def scores(self, completions: list[Any], prompts: list[str], metadata: list[Metadata]) -> Sequence[Score]:
-        logits = self.judge(image_batch(completions))
+        return self.values(image_batch(completions), prompts, metadata).tolist()
+
+    def values(self, images: Tensor, prompts: list[str], metadata: list[Metadata]) -> Tensor:
+        logits = self.judge(images.float().cpu())
         if self.output != "logit":
             logits = logits.log_softmax(-1)
         labels = torch.tensor([own["label"] for own in metadata])
         own = logits[torch.arange(len(labels)), labels]
-        return (own.exp() if self.output == "probability" else own).tolist()
+        return own.exp() if self.output == "probability" else own
 
 
 @dataclass(kw_only=True)
@@ -115,6 +124,7 @@ class PixelStatistic(Reward, name="pixels"):
     """A plain statistic of an image: easy to raise, easy to see through, so a good test of what else changes."""
 
     medium = "image"
+    differentiable = True
 
     statistic: Literal["brightness", "contrast", "sparsity", "norm", "colourfulness", "sharpness"]
     """``brightness``: mean; ``contrast``: standard deviation; ``sparsity``: share of pixels whose channels are all
@@ -122,7 +132,15 @@ class PixelStatistic(Reward, name="pixels"):
     of 8-bit levels (0 for grey); ``sharpness``: mean size of the discrete Laplacian."""
 
     def scores(self, completions: list[Any], prompts: list[str], metadata: list[Metadata]) -> Sequence[Score]:
-        return _STATISTICS[self.statistic](image_batch(completions)).tolist()
+        return self.values(image_batch(completions), prompts, metadata).tolist()
+
+    def values(self, images: Tensor, prompts: list[str], metadata: list[Metadata]) -> Tensor:
+        return _STATISTICS[self.statistic](images)
+
+    def check_differentiable(self, path: str) -> None:
+        if self.statistic in _COUNTED:
+            smooth = ", ".join(name for name in _STATISTICS if name not in _COUNTED)
+            raise UserError(f"{path}.statistic: {self.statistic!r} has no gradient (allowed: {smooth})")
 
 
 def colourfulness(images: Tensor) -> Tensor:
@@ -131,7 +149,7 @@ def colourfulness(images: Tensor) -> Tensor:
     After "Measuring colourfulness in natural images" (2003): some 0 not, 33 averagely, 82 highly colourful.
     """
     if images.shape[1] != 3:
-        return torch.zeros(len(images))
+        return images.new_zeros(len(images))
     red, green, blue = (images * 255).flatten(2).unbind(1)
     opponents = torch.stack([red - green, (red + green) / 2 - blue], 1)
     return opponents.std(-1, unbiased=False).norm(dim=1) + 0.3 * opponents.mean(-1).norm(dim=1)
@@ -152,3 +170,5 @@ _STATISTICS = {
     "colourfulness": colourfulness,
     "sharpness": sharpness,
 }
+_COUNTED = ("sparsity",)
+"""Of them those that count, and so are constant almost everywhere."""

@@ -49,6 +49,7 @@ class _Published(Reward):
     """A large frozen network; it is opened at the first call."""
 
     medium = "image"
+    differentiable = True
 
     path: str
     """Folder of the network, or ``owner/name`` on the hub."""
@@ -76,8 +77,11 @@ class _Published(Reward):
             found += self._score(image_batch(completions[part]).to(self._device), prompts[part]).float().tolist()
         return found
 
+    def values(self, images: Tensor, prompts: list[str], metadata: list[Metadata]) -> Tensor:
+        return self._score(images.float().to(self._device), prompts).float()
+
     def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """(N,) of images (N, C, H, W) in [0, 1]."""
+        """(N,) of images (N, C, H, W) in [0, 1], differentiable."""
         raise NotImplementedError
 
     @property

@@ -63,6 +63,10 @@ class Sampler(Plugin, family="sampler", default="masked"):
         """The sampler of one update of a run, for samplers that change over training."""
         return self
 
+    def told(self, start: Any, prompts: Sequence[str]) -> Any:
+        """The start, with what the sampler has to know of its rows' prompts besides."""
+        return start
+
     def check_fits(self, response_length: Any) -> None:
         """Refuse settings that do not fit responses of ``response_length`` tokens (None: a shape of their own).
 

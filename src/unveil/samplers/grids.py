@@ -76,10 +76,19 @@ class Sd3(Grid, name="sd3"):
     """As in `Uniform`."""
     table: Annotated[int, Field(ge=1)] = 1000
     """Length of the table of times that the network was trained on; its lower end is 1 / table."""
+    start: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """First time; below 1 for solvers that need some data in it."""
+    halved: bool = False
+    """The last time before clean data is half of the one before it (AWM's code): two even steps instead of a long one
+    and next to none."""
 
     def place(self, process: GaussianProcess, steps: int) -> Tensor:
         low = float(shifted(torch.tensor(1 / self.table, dtype=torch.float64), self.shift))
-        return _then_clean(shifted(torch.linspace(1, low, steps, dtype=torch.float64), self.shift))
+        times = shifted(torch.linspace(1, low, steps, dtype=torch.float64), self.shift)
+        if self.halved and steps > 1:
+            times[-1] = times[-2] / 2
+        times[0] = self.start
+        return _then_clean(times)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -22,6 +23,14 @@ class Guidance(Plugin, family="guidance"):
 
     evaluations: ClassVar[int] = 1
     """Network evaluations per sample and call."""
+
+    def told(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """What it has to know of B prompts besides what the network reads of them, (B, ...) each by a name.
+
+        Raises:
+            UserError: a prompt that it cannot lead to.
+        """
+        return {}
 
     def guess(self, denoiser: ContinuousDenoiser, x: Tensor, t: Tensor, condition: Condition) -> Guess:
         """The guess at x (B, *D), times t (B,) float64."""

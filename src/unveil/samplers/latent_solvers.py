@@ -2,9 +2,10 @@
 
 A step with the network's own guess is of first order: the guess is right at x_t and used as far as x_s. A solver
 replaces it by a better one for the whole step. The kernel, or `deterministic`, then moves by that guess: without noise
-`dpmpp_2m` is DPM-Solver++(2M); `dpmpp_2m_sde` is its SDE form under the kernel `ddim` with eta 1.
+`dpmpp_2m` is DPM-Solver++(2M); `dpmpp_2m_sde` is its SDE form under the kernel `ddim` with eta 1; `sa` is SA-Solver
+under the kernel `tau`.
 
-Sources: EDM (arXiv 2206.00364), DPM-Solver++ (2211.01095).
+Sources: EDM (arXiv 2206.00364), DPM-Solver++ (2211.01095), SA-Solver (2309.05019).
 """
 
 from __future__ import annotations
@@ -38,11 +39,24 @@ class LatentSolver(Plugin, family="latent_solver"):
     through_noise: ClassVar[bool] = False
     """True if steps with noise are made with its guess as well. Such a step depends on the one before it, and is not
     scored from the state alone."""
+    reads_std: ClassVar[bool] = False
+    """True if such steps must be those of a kernel that `mixes`: it then knows them by their std."""
 
     def solve(
-        self, process: GaussianProcess, guess: Guess, x: Tensor, t: Tensor, s: Tensor, memory: Memory, again: Again
+        self,
+        process: GaussianProcess,
+        guess: Guess,
+        x: Tensor,
+        t: Tensor,
+        s: Tensor,
+        memory: Memory,
+        again: Again,
+        std: Tensor | None = None,
     ) -> Guess:
-        """The guess for the step from x (B, *D) at t to s, times (B,). ``memory`` is empty at first and is updated."""
+        """The guess for the step from x (B, *D) at t to s, times (B,). ``memory`` is empty at first and is updated.
+
+        ``std`` (B,) is that of the noise which the step draws; None: it draws none.
+        """
         raise NotImplementedError
 
 
@@ -53,7 +67,15 @@ class First(LatentSolver, name="first"):
     exact: ClassVar[bool] = True
 
     def solve(
-        self, process: GaussianProcess, guess: Guess, x: Tensor, t: Tensor, s: Tensor, memory: Memory, again: Again
+        self,
+        process: GaussianProcess,
+        guess: Guess,
+        x: Tensor,
+        t: Tensor,
+        s: Tensor,
+        memory: Memory,
+        again: Again,
+        std: Tensor | None = None,
     ) -> Guess:
         return guess
 
@@ -70,7 +92,15 @@ class Heun(LatentSolver, name="heun"):
     evaluations: ClassVar[int] = 2
 
     def solve(
-        self, process: GaussianProcess, guess: Guess, x: Tensor, t: Tensor, s: Tensor, memory: Memory, again: Again
+        self,
+        process: GaussianProcess,
+        guess: Guess,
+        x: Tensor,
+        t: Tensor,
+        s: Tensor,
+        memory: Memory,
+        again: Again,
+        std: Tensor | None = None,
     ) -> Guess:
         inner = (s > 0).to(x.device)
         if not bool(inner.any()):
@@ -93,7 +123,15 @@ class DpmSolver2M(LatentSolver, name="dpmpp_2m"):
     """
 
     def solve(
-        self, process: GaussianProcess, guess: Guess, x: Tensor, t: Tensor, s: Tensor, memory: Memory, again: Again
+        self,
+        process: GaussianProcess,
+        guess: Guess,
+        x: Tensor,
+        t: Tensor,
+        s: Tensor,
+        memory: Memory,
+        again: Again,
+        std: Tensor | None = None,
     ) -> Guess:
         before = dict(memory)
         memory["x0"], memory["t"] = guess.x0, t
@@ -111,6 +149,83 @@ class SdeDpmSolver2M(DpmSolver2M, name="dpmpp_2m_sde"):
     which only the end is read."""
 
     through_noise: ClassVar[bool] = True
+
+
+@dataclass(kw_only=True)
+class SaSolver(LatentSolver, name="sa"):
+    """SA-Solver: an Adams predictor and corrector of the data prediction, through steps with noise and without.
+
+    With h = lambda_s - lambda_t and z = (1 + tau^2) h a step is
+
+        x_s = (sigma_s / sigma_t) exp(-tau^2 h) x_t + alpha_s (1 - exp(-z)) D + std noise
+
+    where D is the mean of x_0 over the step, most of it from near its end: with P the polynomial in lambda through the
+    last guesses, integral of exp(-(1 + tau^2)(lambda_s - lambda)) P over that of the exponential alone. Before the next
+    step x_s is corrected: the same step and the same noise again, with the guess at x_s in the polynomial. One forward
+    pass a step (the paper's PEC mode). A step to s = 0 takes the last guess; the guess at pure noise is used for its
+    own step alone. For samples of which only the end is read, under the kernels `tau` (the paper's), `ddim` and `cps`.
+    """
+
+    through_noise: ClassVar[bool] = True
+    reads_std: ClassVar[bool] = True
+    order: Annotated[int, Field(ge=1, le=4)] = 2
+    """Guesses that the predictor's polynomial goes through; fewer at first. 2 with guidance, 3 without."""
+    corrector: Annotated[int, Field(ge=0, le=4)] = 2
+    """Guesses of the corrector's, the new one among them; 0: no corrector."""
+    correct_first: bool = False
+    """Whether the first step is corrected as well, where the step is long and only one guess is known."""
+    few_steps: bool = True
+    """Of polynomials through two guesses, the slope counts h^2 / 2, the limit of its integral for short steps (the
+    paper's appendix D, which found it better in few steps)."""
+
+    def solve(
+        self,
+        process: GaussianProcess,
+        guess: Guess,
+        x: Tensor,
+        t: Tensor,
+        s: Tensor,
+        memory: Memory,
+        again: Again,
+        std: Tensor | None = None,
+    ) -> Guess:
+        now, then, before = process.half_log_snr(t), process.half_log_snr(s), dict(memory)
+        known, at = guess.x0[:, None], now[:, None]
+        if before:
+            known, at = torch.cat([known, before["x0"]], 1), torch.cat([at, before["at"]], 1)
+        if "mean" in before:
+            better = self._mean(known, at, self.corrector, before["from"], now, before["z"])
+            x = x + spread(before["weight"], x) * (better - before["mean"])
+        share = torch.ones_like(now) if std is None else (1 - (std / process.sigma(s)) ** 2).clamp(min=0).sqrt()
+        z = then - now - share.log()
+        ends = bool((then - now).isinf().any())  # at clean data, or from pure noise
+        mean = guess.x0 if ends else self._mean(known, at, self.order, now, then, z)
+        kept = 0 if bool(now.isinf().any()) else max(self.order, self.corrector) - 1
+        memory["x0"], memory["at"] = known[:, :kept], at[:, :kept]
+        memory.pop("mean", None)
+        if self.corrector and not ends and (before or self.correct_first):
+            memory.update({"mean": mean, "from": now, "z": z, "weight": -process.alpha(s) * torch.expm1(-z)})
+        return process.rederived(mean, full(x), t)
+
+    def _mean(self, known: Tensor, at: Tensor, order: int, start: Tensor, end: Tensor, z: Tensor) -> Tensor:
+        """(B, *D) the mean over the step from ``start`` to ``end`` (B,), half log-SNRs like those ``at`` (B, K) which
+        the guesses ``known`` (B, K, *D) are, newest first."""
+        weights, used = adams_weights(at[:, :order], start, end, z, few_steps=self.few_steps), known[:, :order]
+        return (weights.to(used).reshape(*weights.shape, *[1] * (used.dim() - 2)) * used).sum(1)
+
+
+def adams_weights(at: Tensor, start: Tensor, end: Tensor, z: Tensor, *, few_steps: bool = False) -> Tensor:
+    """Weights (B, K) of values at the places ``at`` (B, K) in the mean over [start, end] (B,) of the polynomial through
+    them, where a place at a share y of the way back from the end counts exp(-z y)."""
+    count = at.shape[1]
+    back = (end[:, None] - at) / (end - start)[:, None]
+    powers, z = torch.arange(count, dtype=torch.float64), z[:, None]
+    # Integral of y^k exp(-z y) over [0, 1], from the incomplete gamma function.
+    moments = torch.special.gammainc(powers + 1, z) * (powers + 1).lgamma().exp() / z ** (powers + 1)
+    means = moments / moments[:, :1]
+    if few_steps and count == 2:
+        means[:, 1] = 1 - 0.5 / moments[:, 0]
+    return torch.linalg.solve(back[:, None] ** powers[:, None], means)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -81,10 +81,12 @@ class LatentTrajectory(Trajectory):
         guesses: (B, S, *D) the expected x_0 at every step.
         means: (B, S, *D) of the distributions of the next states.
         stds: (B, S) float64, their standard deviations; 0 at deterministic steps.
+        seeds: (B,) what the noise of each chain derives from.
     """
 
     kind = "latents"
-    optional = ("latents", "scored", "times", "log_prob", "guesses", "means", "stds")
+    optional = ("latents", "scored", "times", "log_prob", "guesses", "means", "stds", "seeds")
+    per_chain = ("seeds",)
 
     samples: Tensor
     noisy: Tensor
@@ -95,6 +97,7 @@ class LatentTrajectory(Trajectory):
     log_prob: Tensor | None = None
     means: Tensor | None = None
     stds: Tensor | None = None
+    seeds: Tensor | None = None
 
     @property
     def finished(self) -> Tensor:
@@ -135,7 +138,7 @@ class LatentTrajectory(Trajectory):
             values = [getattr(part, name) for part in parts]
             if any(value is None for value in values):
                 continue
-            if name in ("active", "noisy", *cls.optional):
+            if name in ("active", "noisy", *cls.optional) and name not in cls.per_chain:
                 idle = [part.samples if name in ("latents", "guesses", "means") else None for part in parts]
                 width = steps + (name in ("latents", "times"))
                 if name == "scored":

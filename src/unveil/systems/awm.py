@@ -105,6 +105,7 @@ class ElboVelocity(Velocity, name="elbo_velocity"):
     """`velocity` divided by 2 sigma_t^2, sigma_t = noise sqrt(t / (1 - t)): a bound on the KL divergence of the chains
     of an SDE with that noise."""
 
+    reads_views = NoisedViews
     noise: Annotated[float, Field(gt=0)] = 0.7
     """Of the SDE."""
 

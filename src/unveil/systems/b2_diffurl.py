@@ -22,7 +22,7 @@ data has no noise and is not trained; a pass has a given number of gradient step
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -85,6 +85,10 @@ class StageHistory(Advantage, name="stage_history"):
     """Earlier updates that are remembered. They were drawn by older policies: fast learning shifts z upwards."""
     clip: Annotated[float, Field(gt=0)] | None = 5.0
     """Largest absolute value; None: no limit."""
+    good: Annotated[float, Field(ge=0)] = 1.0
+    """Factor of positive ones, after that (beta1 of the released code)."""
+    bad: Annotated[float, Field(ge=0)] = 1.0
+    """Factor of negative ones (beta2)."""
     remembered: list[dict[int, list[float]]] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def advantages(self, rewards: Tensor, active: Tensor, group: Tensor) -> Tensor:
@@ -99,6 +103,7 @@ class StageHistory(Advantage, name="stage_history"):
         self.remembered = [*self.remembered, now][-self.stages :] if self.stages else []
         if self.clip is not None:
             values = values.clamp(-self.clip, self.clip)
+        values = values * torch.where(values > 0, self.good, self.bad)
         return values.float()[:, None] * active
 
     def state_dict(self) -> dict[str, Any]:
@@ -116,6 +121,8 @@ class BestWorst(Selector, name="best_worst"):
     """The best is trained if its advantage is at least this."""
     lower: float = -0.5
     """The worst is trained if its advantage is below this."""
+    among: Literal["stem", "siblings"] = "stem"
+    """What is compared: all leaves of a stem, or, where the sampler has ``splits``, those of one last branch."""
     pairs: bool = False
     """Only both of a stem or none: pairs of a preference with a common prefix."""
     guard: bool = True
@@ -123,9 +130,12 @@ class BestWorst(Selector, name="best_worst"):
 
     def chains(self, advantages: Tensor, group: Tensor, sampler: Any) -> Tensor:
         chosen = torch.zeros(len(group), dtype=torch.bool)
+        size, splits = getattr(sampler, "branches", None), getattr(sampler, "splits", [])
+        if self.among == "siblings" and splits:
+            size = splits[-1].leaves
         for own in group.unique():
             rows = (group == own).nonzero().flatten()
-            for stem in rows.split(getattr(sampler, "branches", None) or len(rows)):
+            for stem in rows.split(size or len(rows)):
                 best, worst = stem[advantages[stem].argmax()], stem[advantages[stem].argmin()]
                 good, bad = bool(advantages[best] >= self.upper), bool(advantages[worst] < self.lower)
                 if self.pairs:

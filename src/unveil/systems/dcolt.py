@@ -161,6 +161,10 @@ class ValidMean(Weighting, name="dcolt"):
     parts: bool = False
     """For ``objective.level: part``: the tokens of a step together, and its order, each weigh as much as the step."""
 
+    def __post_init__(self) -> None:
+        if self.parts:
+            self.reads_views = TokenViews
+
     def weights(
         self, views: TokenViews, advantage: Tensor, trajectory: TokenTrajectory, total: Callable[[float], float]
     ) -> tuple[Tensor, Tensor]:

@@ -52,6 +52,9 @@ class BranchViews(NoisedViews):
         weight: (N,) factor of a squared error of x_0.
     """
 
+    called = "two branches of noised copies"
+    opposed = True
+
     weight: Tensor
 
     @property
@@ -63,6 +66,7 @@ class BranchViews(NoisedViews):
 class ImplicitLikelihood(CopyLikelihood, name="implicit"):
     """-l / beta of both branches; ``old`` is the policy that drew the samples (``rollout.drawn_by``)."""
 
+    makes = BranchViews
     gives: ClassVar[frozenset[str]] = frozenset({"velocity", "clean"})
     reads_old: ClassVar[frozenset[str]] = frozenset({"clean"})
     beta: Annotated[float, Field(gt=0)] = 1.0
@@ -123,6 +127,8 @@ class ImplicitLikelihood(CopyLikelihood, name="implicit"):
 class Optimality(Weighting, name="optimality"):
     """Mean over all copies; the positive branch weighs m r, the negative one m (1 - r), r from the advantage."""
 
+    reads_views = BranchViews
+    carries_advantages = True
     limit: Annotated[float, Field(gt=0)] = 5.0
     """m: the advantage at which r is 1."""
     mode: Literal["all", "positive_only", "negative_only", "one_only", "binary"] = "all"
@@ -154,6 +160,8 @@ class Optimality(Weighting, name="optimality"):
 @dataclass(kw_only=True)
 class Fit(Objective, name="fit"):
     """-log p of every item; what was good is in the weights."""
+
+    reads_advantages = False
 
     def terms(self, log_prob: Tensor, old: Tensor, advantage: Tensor) -> Tensor:
         return -log_prob

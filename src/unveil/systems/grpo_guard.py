@@ -110,6 +110,7 @@ class StepWeighted(TokenMean, name="by_step"):
     """Mean over all items, the policy term of each step times its own factor."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"times", "stds"})
+    reads_views = StepViews
     delta: Literal["one", "inverse_length", "slope", "dance", "std"] = "inverse_length"
     """``inverse_length``: 1 / (t - s), for Flow-GRPO's SDE. ``slope``: 1 / (d mean / d velocity) of a flow's step by
     either SDE, (t - s) (1 + g^2 (1 - t) / (2 t)), so that steps weigh the same. ``dance``: as stated for DanceGRPO,

@@ -40,8 +40,9 @@ from unveil.learning.objectives import Clipped, SequenceMean, Weighting
 from unveil.learning.regularisers import Kl
 from unveil.learning.views import Likelihood, TokenFilter
 from unveil.registry import UserError
-from unveil.samplers.base import Sampler
+from unveil.samplers.base import Sampler, TokenSampler
 from unveil.samplers.trajectory import TokenTrajectory
+from unveil.samplers.uniform import UniformSampler
 from unveil.seeds import generator
 from unveil.systems import System
 from unveil.tasks.base import Problem
@@ -93,6 +94,11 @@ class Inpaint(GroupHook, name="inpaint"):
             raise UserError(f"chunk_min: should be at most chunk_max ({self.chunk_max}), got {self.chunk_min}")
 
     def check_fits(self, sampler: Sampler, group_size: int, response_length: int) -> None:
+        if not isinstance(sampler, TokenSampler) or isinstance(sampler, UniformSampler):
+            raise UserError(
+                f"policy.groups: 'inpaint' puts hints among masks, and {sampler.name!r} fills none (allowed: masked, "
+                "reverse)"
+            )
         if self.free_tail >= response_length and self.ratio_high > 0:
             raise UserError(
                 f"policy.groups.free_tail: should be less than rollout.response_length ({response_length}), got "

@@ -88,6 +88,8 @@ class StepWeighting(Weighting, name="mdpo"):
     """c_i * L / n^2 for the policy term and c_i / n for the KL term, averaged over rollouts."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"log_prob"})
+    reads_views = TokenViews
+    weighs_orders = False
     confidence: bool = True
     """Weigh every token by its (detached) probability at rollout time, whatever the decoding rule ranked by."""
     length_ratio: bool = True

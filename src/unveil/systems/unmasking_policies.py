@@ -39,7 +39,7 @@ from unveil.learning.objectives import Clipped, StepMean
 from unveil.learning.selectors import NonZero
 from unveil.registry import UserError
 from unveil.samplers.actions import Bernoulli
-from unveil.samplers.base import Sampler
+from unveil.samplers.base import Sampler, TokenSampler
 from unveil.samplers.masked import MaskedSampler
 from unveil.samplers.rules import Threshold
 from unveil.samplers.trajectory import TokenTrajectory
@@ -155,6 +155,10 @@ class Speed(Shaping, name="speed"):
     """What speed is worth; at 0 only being right counts."""
     form: Literal["multiplicative", "additive"] = "multiplicative"
     """R ((L - min(steps, L) + 1) / L)^alpha, or R - alpha steps / L, which is paid for being wrong at once."""
+
+    def check_fits(self, sampler: Sampler) -> None:
+        if not isinstance(sampler, TokenSampler):
+            raise UserError(f"policy.shaping: 'speed' pays by the length of a text, and {sampler.name!r} draws none")
 
     def shape(self, rewards: Tensor, trajectory: TokenTrajectory) -> Tensor:
         steps, length = trajectory.active.sum(1, keepdim=True), trajectory.response_valid.sum(1, keepdim=True)

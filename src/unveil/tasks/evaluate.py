@@ -240,7 +240,7 @@ def sample_problems(
     origins = Origins(problems=[derive_seed(seed, problem.id) for problem in problems], copies=copies)
     seeds = chain_seeds(problems, seed, copies)
     prompts = [problem.prompt for problem in problems]
-    start = medium_of(denoiser).start(denoiser, prompts, response_length, origins, **how)
+    start = sampler.told(medium_of(denoiser).start(denoiser, prompts, response_length, origins, **how), prompts)
     was_training = denoiser.training
     denoiser.eval()
     try:

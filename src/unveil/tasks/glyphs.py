@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn.functional import pad
 
 from unveil.registry import UserError
 from unveil.rewards.networks import Reader
@@ -28,6 +29,33 @@ LETTERS = "".join(sorted(CONSONANTS + VOWELS))
 HEIGHT, WIDTH = 12, 32
 SIZES = (9, 10, 11)
 """Of the type, in pixels: three capitals M fill the width at the largest."""
+BRIGHTNESS = (150, 255)
+"""Of the letters: the darkest and the lightest of 255."""
+
+
+class _Typed(NamedTuple):
+    """A text in a font, to be drawn at some place."""
+
+    font: Any
+    pieces: list[tuple[str, float]]
+    """What is drawn at a time, and the left edge of the whole, seen from where the piece begins."""
+    top: float
+    """The upper edge of the whole, seen from where every piece begins."""
+    across: tuple[float, float]
+    """First and last place of its left edge."""
+    down: tuple[float, float]
+    """First and last place of its upper edge."""
+
+    def draw(self, x: float, y: float, brightness: int) -> Tensor:
+        """(1, H, W) in [0, 1] with the upper left corner at (x, y)."""
+        import numpy
+        from PIL import Image, ImageDraw
+
+        canvas = Image.new("L", (WIDTH, HEIGHT))
+        for text, left in self.pieces:
+            place = (round(x - left), round(y - self.top))
+            ImageDraw.Draw(canvas).text(place, text, font=self.font, fill=brightness)
+        return torch.from_numpy(numpy.array(canvas))[None].float() / 255
 
 
 @dataclass(kw_only=True)
@@ -40,6 +68,14 @@ class Glyphs(ImageTask, name="glyphs"):
 
     fonts: list[str] = field(default_factory=list)
     """TrueType files, one of which is drawn at random for every image; none: the font inside Pillow."""
+    sizes: Annotated[list[Annotated[int, Field(ge=5, le=12)]], Field(min_length=1)] = field(
+        default_factory=lambda: list(SIZES)
+    )
+    """Of the type, in pixels, one of which is drawn at random for every image."""
+    pitch: Annotated[int, Field(ge=5, le=10)] | None = None
+    """Pixels from the middle of a letter to that of the next, as a typewriter sets them; null: as the font has it."""
+    jitter: Annotated[int, Field(ge=0)] | None = None
+    """Pixels by which a word may stand off the middle, each way; null: anywhere inside."""
     label_noise: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of letters in the prompts of examples that are replaced by others of their kind (vowel or not)."""
     examples_of: Literal["words", "strings"] = "words"
@@ -90,34 +126,61 @@ class Glyphs(ImageTask, name="glyphs"):
             UserError: Pillow is not installed, or cannot read a font.
         """
         require("PIL")
-        import numpy
-        from PIL import Image, ImageDraw
+        drawn = []
+        for word in words:
+            typed = self._typed(word, rng.choice(self._fonts))
+            x, y = rng.uniform(*typed.across), rng.uniform(*typed.down)
+            drawn.append(typed.draw(x, y, rng.randint(*BRIGHTNESS)))
+        return torch.stack(drawn)
 
-        images = numpy.zeros((len(words), HEIGHT, WIDTH), dtype=numpy.uint8)
-        for row, word in enumerate(words):
-            font = rng.choice(self._fonts)
-            left, top, right, bottom = font.getbbox(word)
-            x = rng.uniform(0, max(0, WIDTH - (right - left))) - left
-            y = rng.uniform(0, max(0, HEIGHT - (bottom - top))) - top
-            canvas = Image.new("L", (WIDTH, HEIGHT))
-            ImageDraw.Draw(canvas).text((round(x), round(y)), word, font=font, fill=rng.randint(150, 255))
-            images[row] = numpy.asarray(canvas)
-        return torch.from_numpy(images)[:, None].float() / 255
+    def drawings(self, text: str) -> Tensor:
+        """All there is to `draw` for a text, at full brightness: (M, 1, H, W)."""
+        found = []
+        for typed in (self._typed(text, font) for font in self._fonts):
+            (left, right), (top, bottom) = typed.across, typed.down
+            first = typed.draw(left, top, 255)
+            # All others are this one, moved to the right and down: windows of it with an empty edge there.
+            moved = pad(first, (round(right - left), 0, round(bottom - top), 0))
+            found.append(moved.unfold(1, HEIGHT, 1).unfold(2, WIDTH, 1).reshape(-1, 1, HEIGHT, WIDTH))
+        return torch.cat(found)
+
+    def distances(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+        """(N,) Euclidean distance of images (N, 1, H, W) to the nearest that `draw` could draw for the text of each, of
+        any brightness; to the empty canvas where the text is empty."""
+        found = torch.zeros(len(texts), dtype=torch.float64)
+        for text in set(texts):
+            rows = [row for row, own in enumerate(texts) if own == text]
+            seen, real = images[rows].double().flatten(1), self.drawings(text).double().flatten(1)
+            dot, energy = seen @ real.T, real.square().sum(1)
+            dark, light = BRIGHTNESS
+            brightness = (dot / energy.clamp_min(1e-9)).clamp(dark / 255, light / 255)  # the nearest along the line
+            squared = seen.square().sum(1, keepdim=True) - 2 * brightness * dot + brightness**2 * energy
+            found[rows] = squared.amin(1).clamp_min(0).sqrt()
+        return found
 
     @torch.no_grad()
     def check_all(self, problems: Sequence[Problem], samples: Sequence[Any]) -> list[Verdict]:
-        """Score: 1 - edit distance / length, of what the judge reads."""
+        """Score: 1 - edit distance / length, of what the judge reads. Distance: to the nearest drawing of just what it
+        reads, so that it says how well letters are drawn and not which ones."""
         if not len(samples):
             return []
+        images = stacked(samples)
+        read = self.judge.read(images)
         found = []
-        for text, problem in zip(self.judge.read(stacked(samples)), problems, strict=True):
+        for text, distance, problem in zip(read, self.distances(images, read).tolist(), problems, strict=True):
             score = text_score(text, problem.answer["text"])
-            found.append(Verdict(correct=score == 1, score=score, metrics={"letters": float(len(text))}))
+            metrics = {"letters": float(len(text)), "distance": distance}
+            found.append(Verdict(correct=score == 1, score=score, metrics=metrics))
         return found
 
+    @torch.no_grad()
     def measure(self, problems: Sequence[Problem], samples: Sequence[Any]) -> dict[str, float]:
-        """``diversity``: mean distance between two images of the same word."""
-        return {"diversity": group_diversity(stacked(samples).flatten(1), [problem.prompt for problem in problems])}
+        """``diversity``: mean distance between two images of the same word. ``distance``: see `check_all`; the mean."""
+        images = stacked(samples)
+        return {
+            "diversity": group_diversity(images.flatten(1), [problem.prompt for problem in problems]),
+            "distance": self.distances(images, self.judge.read(images)).mean().item(),
+        }
 
     def _word(self, split: Split, rng: random.Random) -> str:
         if self.examples_of == "words":
@@ -128,13 +191,33 @@ class Glyphs(ImageTask, name="glyphs"):
         kind = VOWELS if letter in VOWELS else CONSONANTS
         return rng.choice([other for other in kind if other != letter]) if rng.random() < self.label_noise else letter
 
+    def _typed(self, text: str, font: Any) -> _Typed:
+        left, top, right, bottom = font.getbbox(text)
+        pieces, width = [(text, left)], right - left
+        if self.pitch is not None:
+            boxes = [font.getbbox(letter) for letter in text]
+            # A letter stands in the middle of its own `pitch` pixels.
+            pieces = [
+                (letter, start - place * self.pitch - (self.pitch - (end - start)) // 2)
+                for place, (letter, (start, _, end, _)) in enumerate(zip(text, boxes, strict=True))
+            ]
+            width = self.pitch * len(text)
+        return _Typed(font, pieces, top, self._places(WIDTH - width), self._places(HEIGHT - (bottom - top)))
+
+    def _places(self, free: float) -> tuple[float, float]:
+        """First and last place along a side with so many free pixels."""
+        free = max(0, free)
+        if self.jitter is None:
+            return 0, free
+        return max(0, free // 2 - self.jitter), min(free, free // 2 + self.jitter)
+
     @cached_property
     def _fonts(self) -> list[Any]:
         from PIL import ImageFont
 
         try:
             if not self.fonts:
-                return [ImageFont.load_default(size=size) for size in SIZES]
-            return [ImageFont.truetype(path, size) for path in self.fonts for size in SIZES]
+                return [ImageFont.load_default(size=size) for size in self.sizes]
+            return [ImageFont.truetype(path, size) for path in self.fonts for size in self.sizes]
         except OSError as error:
             raise UserError(f"glyphs.fonts: {error}") from error

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from unveil.denoisers.continuous import ContinuousDenoiser
@@ -15,8 +16,11 @@ from unveil.rewards.images import data_url
 from unveil.samplers.latents import LatentTrajectory, Noise
 from unveil.tasks.medium import Medium, Origins, Sample
 
-_DECODED = 64
+DECODED = 64
 """Latents that are decoded at a time."""
+SAMPLE_SIDE, FILM_SIDE = 256, 128
+"""Longest side in pixels of the samples and of the films that a run keeps: a film of 512 x 512 would hold megabytes per
+step, most of it noise that no PNG makes smaller."""
 
 
 @dataclass(kw_only=True)
@@ -43,7 +47,7 @@ class Image(Medium, name="image"):
 
     @torch.no_grad()
     def samples(self, denoiser: ContinuousDenoiser, states: Tensor) -> list[Sample]:
-        parts = [denoiser.decode(part.to(denoiser.device)).float().cpu() for part in states.split(_DECODED)]
+        parts = [denoiser.decode(part.to(denoiser.device)).float().cpu() for part in states.split(DECODED)]
         return [image for part in parts for image in part]
 
     def key(self, sample: Sample) -> Hashable:
@@ -54,7 +58,7 @@ class Image(Medium, name="image"):
         return {"latent_scale": trajectory.samples.square().mean().sqrt().item()}
 
     def written(self, sample: Sample) -> dict[str, Any]:
-        return {"image": data_url(sample)}
+        return {"image": data_url(shrunk(sample, SAMPLE_SIDE))}
 
     def steps(self, denoiser: ContinuousDenoiser, trajectory: LatentTrajectory, row: int) -> list[dict[str, Any]]:
         """The state after the step and the x_0 that the network expected at it, as images; the time after it."""
@@ -64,10 +68,19 @@ class Image(Medium, name="image"):
         guesses = self.samples(denoiser, trajectory.guesses[row, :count])
         return [
             {
-                "image": data_url(states[step]),
-                "guess_image": data_url(guesses[step]),
+                "image": data_url(shrunk(states[step], FILM_SIDE)),
+                "guess_image": data_url(shrunk(guesses[step], FILM_SIDE)),
                 "time": round(float(trajectory.times[row, step + 1]), 6),
                 "noisy": bool(trajectory.noisy[row, step]),
             }
             for step in range(count)
         ]
+
+
+def shrunk(image: Tensor, side: int) -> Tensor:
+    """An image (C, H, W) with its longest side cut down to ``side`` pixels; one that is no larger stays as it is."""
+    longest = max(image.shape[1:])
+    if longest <= side:
+        return image
+    size = [max(1, round(length * side / longest)) for length in image.shape[1:]]
+    return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]

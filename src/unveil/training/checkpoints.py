@@ -67,12 +67,17 @@ def _publish(draft: Path, path: Path) -> None:
     _flush(path.parent)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file atomically."""
+def write_file(path: Path, fill: Callable[[Path], object]) -> None:
+    """Replace a file by what ``fill`` writes, atomically. The draft has the same ending."""
     draft = path.with_name(f".draft-{path.name}")
-    draft.write_text(text, encoding="utf-8")
+    fill(draft)
     _flush(draft)
     os.replace(draft, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file atomically."""
+    write_file(path, lambda draft: draft.write_text(text, encoding="utf-8"))
 
 
 def save_checkpoint(

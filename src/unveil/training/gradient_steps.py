@@ -11,9 +11,10 @@ from torch import Tensor
 
 from unveil.learning.likelihoods import without
 from unveil.learning.objectives import sum_by, told_by, unit_of
-from unveil.learning.views import Inner, Scores, Views
+from unveil.learning.views import Asked, Inner, Scores, Views
 from unveil.training.distribution import Ranks
 from unveil.training.policy_config import PolicyConfig
+from unveil.training.rewarding import about
 from unveil.training.rollouts import Rollouts
 from unveil.training.trainer import Trainer
 
@@ -107,12 +108,13 @@ class Batch:
 
 
 class GradientSteps:
-    """Makes and scores batches by one method; ``spent`` counts network evaluations since it was last set to 0."""
+    """Makes and scores batches by one method; ``spent`` counts network evaluations since it was last set to 0,
+    ``reward`` is that of the present update."""
 
     def __init__(self, trainer: Trainer, policy: PolicyConfig) -> None:
         self.trainer, self.policy = trainer, policy
         self.denoiser = trainer.denoiser
-        self.spent = 0
+        self.spent, self.reward = 0, policy.reward
 
     def batch(self, rollouts: Rollouts, advantages: Tensor, chosen: Tensor, inner: Inner, *, keep_old: bool) -> Batch:
         """The batch of one gradient step, before the first of them: the present policy is the one that drew the chains.
@@ -123,7 +125,8 @@ class GradientSteps:
             keep_old: whether ratios will be taken against that policy after it has changed.
         """
         policy, trajectory, likelihood = self.policy, rollouts.trajectory, self.policy.likelihood
-        views = policy.likelihood.views(trajectory, chosen, rollouts.seeds, self.denoiser.spec, inner)
+        views = likelihood.views(trajectory, chosen, rollouts.seeds, self.denoiser.spec, inner)
+        views = likelihood.rewarded(views, self._asked(rollouts))
         parts = self.parts(views)
         pieces = [views.slice(*part) for part in parts]
         old = None
@@ -154,6 +157,17 @@ class GradientSteps:
             units=self._units(views, parts, advantage, policy_weight, old),
             kl_weight=kl_weight,
             old=old,
+        )
+
+    def _asked(self, rollouts: Rollouts) -> Asked:
+        problems, verdicts = rollouts.problems, rollouts.judged.verdicts
+        return Asked(
+            reward=self.reward,
+            prompts=[problem.prompt for problem in problems],
+            metadata=[
+                about(problem, verdict.correct, verdict.score, verdict.metrics)
+                for problem, verdict in zip(problems, verdicts, strict=True)
+            ],
         )
 
     def compare(self, batches: list[Batch]) -> None:

@@ -1,4 +1,4 @@
-"""What a run will need: memory of one process and time of an update, estimated from shapes alone.
+"""What a run of texts will need: memory of one process and time of an update, estimated from shapes alone.
 
 Memory is the larger of two peaks, that of rollouts (whole weights, logits of all holes) and that of a gradient step
 (activations, gradients); what both hold are weights, gradients, moments and snapshots. Times are floating-point
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from unveil.denoisers.shapes import Shape
 from unveil.learning.estimators import MaskedAnswer
@@ -227,7 +227,17 @@ def operations(shape: Shape, work: Work) -> dict[str, float]:
     }
 
 
-def seconds(done: float, work: Work, machine: Machine) -> float:
+class Computed(Protocol):
+    """Work of any kind."""
+
+    @property
+    def precision(self) -> int:
+        """Bytes of a number that the network computes with."""
+        ...
+
+
+def seconds(done: float, work: Computed, machine: Machine) -> float:
+    """What ``done`` operations take."""
     speed = machine.peak * 1e12 * machine.utilisation * (1.0 if work.precision == 2 else 1 / 15)
     return done / speed
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from torch import Tensor
 
 from unveil.learning.advantages import Advantage, GroupAdvantage
 from unveil.learning.gates import Gate
-from unveil.learning.likelihoods import TrajectoryLikelihood
+from unveil.learning.likelihoods import TokenViews, TrajectoryLikelihood
 from unveil.learning.objectives import Clipped, Objective, TokenMean, Weighting
 from unveil.learning.regularisers import Kl, Regulariser
 from unveil.learning.selectors import AllSteps, Selector
@@ -21,6 +21,9 @@ from unveil.samplers.base import Sampler
 from unveil.tasks.base import Task
 from unveil.tasks.evaluate import Judged
 from unveil.training.rollouts import GroupHook, Shaping
+
+SMALL = 8
+"""Samples per group, and prompts per update, below which group-relative advantages on images are mostly noise."""
 
 
 class ProblemFilter(Plugin, family="filter"):
@@ -118,9 +121,40 @@ class PolicyConfig:
             wanted[self.rollout.drawn_by] = "policy.rollout.drawn_by"
         return wanted
 
+    @property
+    def warnings(self) -> list[str]:
+        """What is allowed and mostly fails."""
+        rollout = self.rollout
+        small = self.task.medium == "image" and min(rollout.group_size, rollout.prompts) < SMALL
+        if not (small and self.advantage.by_group):
+            return []
+        return [
+            f"policy.rollout: group_size {rollout.group_size} and {rollout.prompts} prompts make advantages mostly "
+            f"noise; runs of images by {self.advantage.name!r} often collapse with fewer than {SMALL} of either"
+        ]
+
+    @property
+    def needs(self) -> set[str]:
+        """The trajectory fields that somebody will read."""
+        needs = {name for reader in self.readers.values() for name in reader.needs}
+        return needs | ({"guesses"} if self.advantage.reads_guesses else set())
+
+    @property
+    def readers(self) -> dict[str, Any]:
+        """Who declares the trajectory fields that it reads, by its key."""
+        known = {
+            "likelihood": self.likelihood, "weighting": self.weighting, "groups": self.groups,
+            "shaping": self.shaping, "selector": self.selector if self.likelihood.per_step else None,
+        }  # fmt: skip
+        return {key: reader for key, reader in known.items() if reader is not None}
+
     def __post_init__(self) -> None:
         advantage, likelihood = self.advantage, self.likelihood
         self.reward.check_medium(self.task.medium, "reward")
+        if likelihood.differentiates:
+            self.reward.check_differentiable("reward")
+            if self.shaping is not None:
+                raise UserError(f"shaping: {likelihood.name!r} differentiates the reward as it is (allowed: null)")
         if advantage.features is not None and advantage.features.medium != self.task.medium:
             raise UserError(
                 f"advantage: {advantage.name!r} compares {advantage.features.medium}s, and the task's samples are "
@@ -146,6 +180,8 @@ class PolicyConfig:
                     f"{_key(name)}: {one.name!r} reads the {missing[0]} of a step, which the likelihood "
                     f"{likelihood.name!r} does not give"
                 )
+        self._check_views()
+        self._check_weights()
         if not advantage.per_step:
             return
         if self.objective.level == "sequence":
@@ -157,6 +193,47 @@ class PolicyConfig:
             raise UserError(
                 f"likelihood: {likelihood.name!r} takes one advantage per chain, and {advantage.name!r} gives one per "
                 "step (allowed: a likelihood of steps, such as trajectory)"
+            )
+
+    def _check_views(self) -> None:
+        made = self.likelihood.makes
+        readers: dict[str, Weighting | Regulariser] = {"weighting": self.weighting}
+        for key, one in (readers | {_key(name): one for name, one in self.in_force.items()}).items():
+            if not issubclass(made, one.reads_views):
+                raise UserError(
+                    f"{key}: {one.name!r} reads {one.reads_views.called}, and the likelihood {self.likelihood.name!r} "
+                    f"scores {made.called}"
+                )
+        order = self.likelihood.order if isinstance(self.likelihood, TrajectoryLikelihood) else None
+        if order is not None and not self.weighting.weighs_orders:
+            raise UserError(
+                f"weighting: {self.weighting.name!r} weighs tokens alone, and likelihood.order is {order.name!r} "
+                "(allowed: null, or another weighting)"
+            )
+        if self.token_filter is not None and not issubclass(made, TokenViews):
+            raise UserError(
+                f"token_filter: {self.token_filter.name!r} chooses among tokens, and the likelihood "
+                f"{self.likelihood.name!r} scores {made.called} (allowed: null)"
+            )
+
+    def _check_weights(self) -> None:
+        objective, weighting, likelihood = self.objective, self.weighting, self.likelihood
+        if weighting.carries_advantages and objective.reads_advantages:
+            raise UserError(
+                f"objective: {objective.name!r} would count the advantages that the weighting {weighting.name!r} "
+                "carries once more (allowed: an objective without any, such as fit)"
+            )
+        if weighting.carries_advantages:
+            return
+        if likelihood.makes.opposed:
+            raise UserError(
+                f"weighting: {weighting.name!r} weighs {likelihood.makes.called} alike, and the gradients of the "
+                f"likelihood {likelihood.name!r} cancel (allowed: one that carries the advantages, such as optimality)"
+            )
+        if not objective.reads_advantages:
+            raise UserError(
+                f"objective: {objective.name!r} reads no advantages, and the weighting {weighting.name!r} carries "
+                "none: nothing would say what was good (allowed: another objective)"
             )
 
 

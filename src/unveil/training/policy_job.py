@@ -64,7 +64,14 @@ class PolicyJob(Job):
             sampler.check_denoiser(self.denoiser)
             sampler.check_fits(rollout.response_length)
         policy.likelihood.check_fits(rollout.sampler, self.denoiser)
-        check_needs(self._needs(), rollout.sampler.leaves, rollout.sampler.refused_fields())
+        for key, reader in policy.readers.items():
+            try:
+                check_needs(reader.needs, rollout.sampler.leaves, rollout.sampler.refused_fields())
+            except UserError as error:
+                raise UserError(f"policy.{key}: {reader.name!r} reads more than there is: {error}") from None
+        check_needs(policy.needs, rollout.sampler.leaves, rollout.sampler.refused_fields())
+        if policy.shaping is not None:
+            policy.shaping.check_fits(rollout.sampler)
         if policy.groups is not None:
             policy.groups.check_fits(rollout.sampler, rollout.group_size, rollout.response_length)
         if rollout.sampler.greedy and policy.likelihood.scores_samples:
@@ -95,6 +102,7 @@ class PolicyJob(Job):
 
     def update(self, update: int, optimise: Optimise) -> dict[str, Any]:
         policy, self.rewarded = self.policy, []
+        reward = self.steps.reward = policy.reward.at(update)
         ranks = self.trainer.ranks
         rollouts = self._sampled(update)
         outcome, own = Outcome.of(rollouts, policy.advantage.features).everywhere(ranks)
@@ -109,12 +117,12 @@ class PolicyJob(Job):
             metrics |= mean_over_ranks(said, groups, ranks)
             outcome, own = Outcome.of(rollouts, policy.advantage.features).everywhere(ranks)
         if policy.gate is not None:
-            held, said = outcome.gated(policy.gate, policy.reward.audit_weights)
+            held, said = outcome.gated(policy.gate, reward.audit_weights)
             rollouts.gate = held[own]
             metrics |= {f"gate/{name}": value for name, value in said.items()}
         trajectory = rollouts.trajectory
         scored = self._count_failures(update, metrics)
-        advantages = outcome.advantages(policy.advantage, policy.reward.part_weights)
+        advantages = outcome.advantages(policy.advantage, reward.part_weights)
         kept = policy.selector.chains(terminal(advantages, outcome.active), outcome.group, policy.rollout.sampler)
         metrics |= {
             "trained_chains": kept.float().mean().item(),
@@ -151,7 +159,7 @@ class PolicyJob(Job):
         shown = self.held_out[: self.evaluation.shown]
 
         def tell(name: str, sampler: Sampler, found: Evaluation) -> None:
-            means = held_out_rewards(self.policy.reward, self.held_out, found.judged)
+            means = held_out_rewards(self.policy.reward.at(update), self.held_out, found.judged)
             self.log.metrics("eval", update, {"decoder": name, **found.summary(), **means})
             mark = {"step": update, "decoder": name}
             self.log.lines("samples.jsonl", sample_records(shown, found, self.medium, mark))
@@ -244,7 +252,7 @@ class PolicyJob(Job):
                 trajectory = sample_problems(
                     self.denoiser, problems[part], sampler or self._sampler(update),
                     response_length=rollout.response_length, seed=derive_seed(self.seed, "rollout", update, *own),
-                    needs=self._needs(), batch_size=rollout.batch_size, copies=numbers[part], **how,
+                    needs=self.policy.needs, batch_size=rollout.batch_size, copies=numbers[part], **how,
                 )  # fmt: skip
             # Ranks are asked once at the end of an update: a hook may draw on some of them only.
             self.rolled += len(problems[part])
@@ -252,13 +260,14 @@ class PolicyJob(Job):
             return trajectory
 
         if how or not rollout.score_beside:
-            found = [self._scored(problems, group, seeds, drawn(slice(None)))]
+            found = [self._scored(update, problems, group, seeds, drawn(slice(None)))]
         else:
             with ThreadPoolExecutor(1) as beside:
                 parts = portions(group, rollout.batch_size)
                 # The next trajectory is drawn while the thread is busy with the last one.
                 waiting = [
-                    beside.submit(self._scored, problems[part], group[part], seeds[part], drawn(part)) for part in parts
+                    beside.submit(self._scored, update, problems[part], group[part], seeds[part], drawn(part))
+                    for part in parts
                 ]
                 found = [one.result() for one in waiting]
         self.rewarded += [rewarded for _, rewarded in found]
@@ -266,12 +275,12 @@ class PolicyJob(Job):
 
     @torch.no_grad()
     def _scored(
-        self, problems: list[Problem], group: Tensor, seeds: list[int], trajectory: Any
+        self, update: int, problems: list[Problem], group: Tensor, seeds: list[int], trajectory: Any
     ) -> tuple[Rollouts, Rewarded]:
         """Chains with their verdicts and rewards."""
         policy = self.policy
         judged = judge(policy.task, problems, self.denoiser, trajectory)
-        rewarded = reward_chains(policy.reward, problems, judged, trajectory, self.medium)
+        rewarded = reward_chains(policy.reward.at(update), problems, judged, trajectory, self.medium)
         rewards = rewarded.values
         if policy.shaping is not None:
             rewards = policy.shaping.shape(rewards, trajectory) * rewarded.known[:, None]
@@ -299,15 +308,6 @@ class PolicyJob(Job):
         assert isinstance(rollout.sampler, MaskedSampler)
         pick = derive_seed(self.seed, "block length", update) % len(rollout.block_lengths)
         return replace(rollout.sampler, block_length=rollout.block_lengths[pick])
-
-    def _needs(self) -> set[str]:
-        """The trajectory fields that somebody will read."""
-        policy = self.policy
-        readers: list[Any] = [policy.likelihood, policy.weighting, policy.groups, policy.shaping]
-        if policy.likelihood.per_step:
-            readers.append(policy.selector)
-        needs = {name for reader in readers if reader is not None for name in reader.needs}
-        return needs | ({"guesses"} if policy.advantage.reads_guesses else set())
 
     def _count_failures(self, update: int, metrics: dict[str, Any]) -> bool:
         """Log and report what the reward could not score in this update. False if it scored nothing at all.

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from unveil.rewards.base import Correct, Failure, Metadata, Reward, Score, Shaped
+from unveil.rewards.base import Answer, Correct, Failure, Metadata, Reward, Score, Shaped
 from unveil.samplers.trajectory import Trajectory
 from unveil.tasks.base import Problem
 from unveil.tasks.evaluate import Judged
@@ -104,14 +104,19 @@ def held_out_rewards(reward: Reward, problems: Sequence[Problem], judged: Judged
     """
     if isinstance(reward, Correct | Shaped):
         return {}
-    pairs = list(zip(problems, judged.verdicts, strict=True))
-    metadata = [about(problem, verdict.correct, verdict.score, verdict.metrics) for problem, verdict in pairs]
-    prompts = [problem.prompt for problem in problems]
-    answer = reward.ask(list(judged.samples), prompts, metadata, evaluating=True)
+    answer = ask_held_out(reward, problems, judged)
     means = {"reward": mean_score(answer.total), "reward_error": standard_error(answer.total)}
     for name, scores in answer.parts.items():
         means |= {f"reward/{name}": mean_score(scores), f"reward_error/{name}": standard_error(scores)}
     return means
+
+
+def ask_held_out(reward: Reward, problems: Sequence[Problem], judged: Judged) -> Answer:
+    """What a reward, and all parts of a sum, say of each finished held-out sample."""
+    pairs = list(zip(problems, judged.verdicts, strict=True))
+    metadata = [about(problem, verdict.correct, verdict.score, verdict.metrics) for problem, verdict in pairs]
+    prompts = [problem.prompt for problem in problems]
+    return reward.ask(list(judged.samples), prompts, metadata, evaluating=True)
 
 
 def about(problem: Problem, correct: bool, score: float, metrics: Mapping[str, float]) -> Metadata:

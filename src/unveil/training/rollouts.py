@@ -175,6 +175,13 @@ class Shaping(Plugin, family="shaping"):
     needs: ClassVar[frozenset[str]] = frozenset()
     """Trajectory fields that `shape` reads."""
 
+    def check_fits(self, sampler: Sampler) -> None:
+        """Refuse chains whose rewards this cannot change.
+
+        Raises:
+            UserError: naming the key and what is missing.
+        """
+
     def shape(self, rewards: Tensor, trajectory: Any) -> Tensor:
         """New rewards (B, S) from ``rewards`` (B, S)."""
         raise NotImplementedError

@@ -248,7 +248,10 @@ def train(recipe: TrainRecipe, run: Path, *, resume: bool = False, progress: Pro
     )  # fmt: skip
 
     def make(log: RunLog) -> Job:
-        return PolicyJob(trainer, recipe.policy, recipe.eval, log, seed=recipe.seed)
+        job = PolicyJob(trainer, recipe.policy, recipe.eval, log, seed=recipe.seed)
+        for line in recipe.policy.warnings if ranks.main else []:
+            print(f"warning: {line}", file=sys.stderr, flush=True)
+        return job
 
     return _run(recipe, recipe.system, run, trainer, make, resume=resume, progress=progress)
 

@@ -53,6 +53,8 @@ class SnapshotConfig:
     """A copy that follows the policy slowly; None: the run keeps none."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of an exponential moving average of the weights, which then is evaluated and saved; None: no average."""
+    ema_every: Annotated[int, Field(ge=1)] = 1
+    """Updates between two moves of the average."""
     ema_warmup: bool = False
     """After update i the decay is at most (1 + i) / (10 + i): the average soon leaves the initial policy behind."""
 
@@ -133,7 +135,7 @@ class Snapshots:
             kl: the distance of the policy from the reference that this update has measured, if it has.
         """
         config = self.config
-        if "ema" in self.sets and config.ema_decay is not None:
+        if "ema" in self.sets and config.ema_decay is not None and update % config.ema_every == 0:
             most = (1 + update) / (10 + update) if config.ema_warmup else 1.0
             self.sets["ema"].move(1 - min(config.ema_decay, most))
         if "old" in self.sets and config.old is not None and update % config.old.every == 0:
