@@ -1,7 +1,8 @@
 """A compact diffusion transformer over patches of an image (DiT, arXiv 2212.09748).
 
 Time and prompt act on every block by adaLN-zero: a shift and a scale before attention and MLP, and a gate behind them,
-all 0 at first. A prompt of several ids is also read id by id: its embeddings are tokens beside the patches.
+all 0 at first. A prompt of several ids is also read id by id: its embeddings are tokens beside the patches, and say at
+which place of the prompt they stand.
 """
 
 from __future__ import annotations
@@ -78,6 +79,8 @@ class DitNetwork(nn.Module):
         self.conditioning = Conditioning(config.dim, prompts)
         self.input = nn.Linear(channels * config.patch**2, config.dim)
         self.position = nn.Parameter(torch.zeros(self.grid[0] * self.grid[1], config.dim))
+        if self.words > 1:
+            self.place = nn.Embedding(self.words, config.dim)  # else a patch must learn of every id where it stands
         self.blocks = nn.ModuleList(DitBlock(config) for _ in range(config.layers))
         self.modulation = nn.Linear(config.dim, 2 * config.dim)
         self.output = nn.Linear(config.dim, channels * config.patch**2)
@@ -94,7 +97,7 @@ class DitNetwork(nn.Module):
         tokens = self.input(cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)) + self.position
         patches = tokens.shape[1]
         if self.words > 1:
-            tokens = torch.cat([tokens, self.conditioning.places(ids)], dim=1)
+            tokens = torch.cat([tokens, self.conditioning.places(ids) + self.place.weight], dim=1)
         for block in self.blocks:
             tokens = block(tokens, condition)
         shift, scale = self.modulation(condition)[:, None].chunk(2, dim=-1)
