@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -29,17 +29,18 @@ def generator(*parts: object) -> torch.Generator:
 
 def normal_rows(shape: Sequence[int], seeds: Sequence[int]) -> torch.Tensor:
     """N(0, I) (rows, *shape) on the CPU, each row from a seed of its own."""
-    stream, rows = torch.Generator(), torch.empty(len(seeds), *shape)
-    for row, seed in zip(rows.unbind(), seeds, strict=True):
-        row.normal_(generator=stream.manual_seed(seed))
-    return rows
+    return _filled(torch.Tensor.normal_, shape, seeds)
 
 
 def uniform_rows(shape: Sequence[int], seeds: Sequence[int]) -> torch.Tensor:
     """Uniform in [0, 1), otherwise as `normal_rows`."""
+    return _filled(torch.Tensor.uniform_, shape, seeds)
+
+
+def _filled(draw: Callable[..., torch.Tensor], shape: Sequence[int], seeds: Sequence[int]) -> torch.Tensor:
     stream, rows = torch.Generator(), torch.empty(len(seeds), *shape)
     for row, seed in zip(rows.unbind(), seeds, strict=True):
-        row.uniform_(generator=stream.manual_seed(seed))
+        draw(row, generator=stream.manual_seed(seed))
     return rows
 
 

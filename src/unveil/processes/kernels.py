@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -47,9 +47,6 @@ def deterministic(process: GaussianProcess, guess: Guess, s: Tensor) -> Tensor:
 class Kernel(Plugin, family="kernel"):
     """A stochastic step from t to s. A kernel is a frozen dataclass: what it says of times is remembered."""
 
-    mixes: ClassVar[bool] = False
-    """True if the mean is alpha_s x_0 + sqrt(sigma_s^2 - std^2) eps: the std then says all of the step."""
-
     @property
     def stochastic(self) -> bool:
         """False if no step has noise: there is then nothing to score."""
@@ -64,11 +61,21 @@ class Kernel(Plugin, family="kernel"):
         raise NotImplementedError
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ddim(Kernel, name="ddim"):
-    """DDIM with noise. A step to s = 0 is deterministic."""
+class Mixing(Kernel):
+    """A step to alpha_s x_0 + sqrt(sigma_s^2 - std^2) eps + std noise: the std says all of it."""
 
-    mixes: ClassVar[bool] = True
+    def step(self, process: GaussianProcess, guess: Guess, x: Tensor, t: Tensor, s: Tensor) -> Gaussian:
+        data, noise, std = self.shares(process, t, s, Form.of(guess.x0))
+        return Gaussian(mean=data * guess.x0 + noise * guess.eps, std=std)
+
+    def shares(self, process: GaussianProcess, t: Tensor, s: Tensor, form: Form) -> Shares:
+        """Of x_0, eps and fresh noise."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ddim(Mixing, name="ddim"):
+    """DDIM with noise. A step to s = 0 is deterministic."""
 
     eta: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Share of the noise of the DDPM posterior; 0 is the ODE."""
@@ -77,11 +84,8 @@ class Ddim(Kernel, name="ddim"):
     def stochastic(self) -> bool:
         return self.eta > 0
 
-    def step(self, process: GaussianProcess, guess: Guess, x: Tensor, t: Tensor, s: Tensor) -> Gaussian:
-        return _mixed(guess, self._shares(process, t, s, Form.of(guess.x0)))
-
     @remembered
-    def _shares(self, process: GaussianProcess, t: Tensor, s: Tensor, form: Form) -> Shares:
+    def shares(self, process: GaussianProcess, t: Tensor, s: Tensor, form: Form) -> Shares:
         process.check_times(t, s)
         sigma = process.sigma(s)
         kept = process.alpha(t) * sigma / (process.alpha(s) * process.sigma(t))
@@ -92,10 +96,8 @@ class Ddim(Kernel, name="ddim"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CoefficientsPreserving(Kernel, name="cps"):
+class CoefficientsPreserving(Mixing, name="cps"):
     """CPS: a fixed share of the noise that is left is drawn anew. A step to s = 0 is deterministic."""
-
-    mixes: ClassVar[bool] = True
 
     noise: Annotated[float, Field(ge=0, le=1)] = 0.8
     """0 is the ODE, 1 draws all noise anew."""
@@ -104,11 +106,8 @@ class CoefficientsPreserving(Kernel, name="cps"):
     def stochastic(self) -> bool:
         return self.noise > 0
 
-    def step(self, process: GaussianProcess, guess: Guess, x: Tensor, t: Tensor, s: Tensor) -> Gaussian:
-        return _mixed(guess, self._shares(process, t, s, Form.of(guess.x0)))
-
     @remembered
-    def _shares(self, process: GaussianProcess, t: Tensor, s: Tensor, form: Form) -> Shares:
+    def shares(self, process: GaussianProcess, t: Tensor, s: Tensor, form: Form) -> Shares:
         process.check_times(t, s)
         sigma, angle = process.sigma(s), self.noise * math.pi / 2
         return spread(process.alpha(s), form), spread(sigma * math.cos(angle), form), sigma * math.sin(angle)
@@ -136,11 +135,10 @@ class EulerMaruyama(Kernel):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tau(Kernel, name="tau"):
+class Tau(Mixing, name="tau"):
     """The reverse SDE with ``tau`` times the noise rate of the DDPM posterior, exact for a constant guess (SA-Solver).
     A step to s = 0, or to a time outside an interval, is deterministic."""
 
-    mixes: ClassVar[bool] = True
     tau: Annotated[float, Field(ge=0)] = 1.0
     """0 is the ODE; above 1 more noise is drawn, and taken away, than the posterior's."""
     low: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -156,11 +154,8 @@ class Tau(Kernel, name="tau"):
     def stochastic(self) -> bool:
         return self.tau > 0
 
-    def step(self, process: GaussianProcess, guess: Guess, x: Tensor, t: Tensor, s: Tensor) -> Gaussian:
-        return _mixed(guess, self._shares(process, t, s, Form.of(guess.x0)))
-
     @remembered
-    def _shares(self, process: GaussianProcess, t: Tensor, s: Tensor, form: Form) -> Shares:
+    def shares(self, process: GaussianProcess, t: Tensor, s: Tensor, form: Form) -> Shares:
         process.check_times(t, s)
         sigma = process.sigma(s)
         inside = (s >= self.low) & (s <= self.high)
@@ -202,9 +197,3 @@ class DanceSde(EulerMaruyama, name="dance"):
 
     def squared_rate(self, process: GaussianProcess, t: Tensor, s: Tensor) -> Tensor:
         return torch.full_like(t, self.noise**2)
-
-
-def _mixed(guess: Guess, shares: Shares) -> Gaussian:
-    """The Gaussian of shares of x_0, eps and fresh noise."""
-    data, noise, std = shares
-    return Gaussian(mean=data * guess.x0 + noise * guess.eps, std=std)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from unveil.denoisers.continuous import Condition, ContinuousDenoiser
 from unveil.processes.gaussian import Gaussian, GaussianProcess, Guess, spread
-from unveil.processes.kernels import Ddim, Kernel, deterministic
-from unveil.registry import UserError
+from unveil.processes.kernels import Ddim, Kernel, Mixing, deterministic
+from unveil.registry import UserError, names
 from unveil.samplers.base import Sampler
 from unveil.samplers.grids import Grid, Uniform
 from unveil.samplers.guidance import Clamp, Guidance, NoGuidance
@@ -107,10 +107,11 @@ class LatentSampler(Sampler, name="latent"):
                 raise UserError(f"splits.{number}.leaves: should divide {leaves} into several, got {split.leaves}")
             left, leaves = split.left, split.leaves
         for key, kernel in (("kernel", self.kernel), ("outside", self.outside)):
-            if self.solver.reads_std and kernel.stochastic and not kernel.mixes:
+            if self.solver.reads_std and kernel.stochastic and not isinstance(kernel, Mixing):
+                known = ", ".join(name for name in names(Kernel) if issubclass(Kernel.known[name], Mixing))
                 raise UserError(
                     f"{key}: {kernel.name!r} makes steps that the solver {self.solver.name!r} does not know "
-                    "(allowed: cps, ddim, tau)"
+                    f"(allowed: {known})"
                 )
 
     @property

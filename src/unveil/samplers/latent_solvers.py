@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, NamedTuple
 
 import torch
 from pydantic import Field
@@ -29,6 +29,19 @@ Again = Callable[[Tensor, Tensor], Guess]
 """The network's guess at another (x (B, *D), t (B,)): one more forward pass of every sample."""
 
 
+class Step(NamedTuple):
+    """What a solver knows of a step; the fields are the arguments of `LatentSolver.solve`."""
+
+    process: GaussianProcess
+    guess: Guess
+    x: Tensor
+    t: Tensor
+    s: Tensor
+    memory: Memory
+    again: Again
+    std: Tensor | None
+
+
 class LatentSolver(Plugin, family="latent_solver"):
     """Turns the network's guess at x_t into the one that the step to s is made with."""
 
@@ -40,7 +53,7 @@ class LatentSolver(Plugin, family="latent_solver"):
     """True if steps with noise are made with its guess as well. Such a step depends on the one before it, and is not
     scored from the state alone."""
     reads_std: ClassVar[bool] = False
-    """True if such steps must be those of a kernel that `mixes`: it then knows them by their std."""
+    """True if such steps must be those of a `Mixing` kernel: it then knows them by their std."""
 
     def solve(
         self,
@@ -57,6 +70,10 @@ class LatentSolver(Plugin, family="latent_solver"):
 
         ``std`` (B,) is that of the noise which the step draws; None: it draws none.
         """
+        return self.improved(Step(process, guess, x, t, s, memory, again, std))
+
+    def improved(self, step: Step) -> Guess:
+        """The guess for a step."""
         raise NotImplementedError
 
 
@@ -66,18 +83,8 @@ class First(LatentSolver, name="first"):
 
     exact: ClassVar[bool] = True
 
-    def solve(
-        self,
-        process: GaussianProcess,
-        guess: Guess,
-        x: Tensor,
-        t: Tensor,
-        s: Tensor,
-        memory: Memory,
-        again: Again,
-        std: Tensor | None = None,
-    ) -> Guess:
-        return guess
+    def improved(self, step: Step) -> Guess:
+        return step.guess
 
 
 @dataclass(kw_only=True)
@@ -91,21 +98,12 @@ class Heun(LatentSolver, name="heun"):
 
     evaluations: ClassVar[int] = 2
 
-    def solve(
-        self,
-        process: GaussianProcess,
-        guess: Guess,
-        x: Tensor,
-        t: Tensor,
-        s: Tensor,
-        memory: Memory,
-        again: Again,
-        std: Tensor | None = None,
-    ) -> Guess:
+    def improved(self, step: Step) -> Guess:
+        process, guess, x, t, s, *_ = step
         inner = (s > 0).to(x.device)
         if not bool(inner.any()):
             return guess
-        there = again(deterministic(process, guess, s), s)
+        there = step.again(deterministic(process, guess, s), s)
         # As functions of the guess alone, u = eps - x0 and eps are the same numbers at both times.
         here_native, there_native = (process.target(process.native, *each, t) for each in (guess, there))
         mean = process.guess((here_native + there_native) / 2, process.native, x, t)
@@ -122,17 +120,8 @@ class DpmSolver2M(LatentSolver, name="dpmpp_2m"):
     Second order at one forward pass. First order in the first step, and in one to s = 0, where h is infinite.
     """
 
-    def solve(
-        self,
-        process: GaussianProcess,
-        guess: Guess,
-        x: Tensor,
-        t: Tensor,
-        s: Tensor,
-        memory: Memory,
-        again: Again,
-        std: Tensor | None = None,
-    ) -> Guess:
+    def improved(self, step: Step) -> Guess:
+        process, guess, x, t, s, memory, *_ = step
         before = dict(memory)
         memory["x0"], memory["t"] = guess.x0, t
         if not before:
@@ -178,17 +167,8 @@ class SaSolver(LatentSolver, name="sa"):
     """Of polynomials through two guesses, the slope counts h^2 / 2, the limit of its integral for short steps (the
     paper's appendix D, which found it better in few steps)."""
 
-    def solve(
-        self,
-        process: GaussianProcess,
-        guess: Guess,
-        x: Tensor,
-        t: Tensor,
-        s: Tensor,
-        memory: Memory,
-        again: Again,
-        std: Tensor | None = None,
-    ) -> Guess:
+    def improved(self, step: Step) -> Guess:
+        process, guess, x, t, s, memory, _, std = step
         now, then, before = process.half_log_snr(t), process.half_log_snr(s), dict(memory)
         known, at = guess.x0[:, None], now[:, None]
         if before:
