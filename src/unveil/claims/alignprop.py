@@ -49,12 +49,11 @@ from unveil.claims.laboratory import (
     Measured,
     Report,
     all_runs,
+    concluded,
     mean,
     on_seeds,
-    total_cost,
     tune,
     two_processes,
-    verdict,
 )
 from unveil.denoisers.load import load_denoiser
 from unveil.learning.objectives import Clipped
@@ -96,14 +95,7 @@ def reproduce(seeds: int, quick: bool, out: Path, report: Report) -> Measured:
         rates = best | ({} if quick else dict.fromkeys(VARIANTS, best["alignprop"]))
         by_method = on_seeds(every, _learn, out, seeds, rates, steps)
     checks = [_exact_check(exact), *_checks(by_method)]
-    return {
-        "name": "alignprop",
-        "verdict": verdict(checks),
-        "learning_rates": rates,
-        "checks": checks,
-        "cost": total_cost(all_runs(by_method), time.perf_counter() - started),
-        "table": table(by_method, rates),
-    }
+    return concluded("alignprop", checks, all_runs(by_method), started, table(by_method, rates), learning_rates=rates)
 
 
 def _method(name: str) -> Method:

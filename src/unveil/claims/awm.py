@@ -39,12 +39,11 @@ from unveil.claims.laboratory import (
     Measured,
     Report,
     all_runs,
+    concluded,
     on_seeds,
-    total_cost,
     train_policy,
     tune,
     two_processes,
-    verdict,
 )
 from unveil.denoisers.load import load_denoiser
 from unveil.learning.noised import SamplerGrid
@@ -87,14 +86,7 @@ def reproduce(seeds: int, quick: bool, out: Path, report: Report) -> Measured:
         ratio_check("3 updates to the goal, Flow-GRPO / AWM", base, awm, FASTER),
         distance_check("4 distance to real images at the goal", base, awm, 1.0),
     ]
-    return {
-        "name": "awm",
-        "verdict": verdict(checks),
-        "learning_rates": best,
-        "checks": checks,
-        "cost": total_cost(all_runs(by_method), time.perf_counter() - started),
-        "table": table(by_method, best),
-    }
+    return concluded("awm", checks, all_runs(by_method), started, table(by_method, best), learning_rates=best)
 
 
 def awm(**likelihood: Any) -> Method:

@@ -46,16 +46,15 @@ from unveil.claims.laboratory import (
     Measured,
     Report,
     all_runs,
+    concluded,
     cost_cells,
     markdown_table,
     mean,
     on_seeds,
     spread,
-    total_cost,
     train_policy,
     tune,
     two_processes,
-    verdict,
 )
 from unveil.denoisers.load import load_denoiser
 from unveil.learning.objectives import Clipped
@@ -100,14 +99,7 @@ def reproduce(seeds: int, quick: bool, out: Path, report: Report) -> Measured:
             best = tune(every, _policy, out, dict.fromkeys(METHODS, rates), updates, soonest)
         by_method = on_seeds(every, _policy, out, seeds, best, updates)
     checks = [_cosine_check(cosines), _share_check(shares), _diversity_check(by_method), _budget_check(by_method)]
-    return {
-        "name": "b2_diffurl",
-        "verdict": verdict(checks),
-        "learning_rates": best,
-        "checks": checks,
-        "cost": total_cost(all_runs(by_method), time.perf_counter() - started),
-        "table": _table(by_method, best),
-    }
+    return concluded("b2_diffurl", checks, all_runs(by_method), started, _table(by_method, best), learning_rates=best)
 
 
 def _method(name: str, suffix: Suffix, group: int = DDPO_GROUP, **changes: Any) -> Method:

@@ -34,17 +34,16 @@ from unveil.claims.laboratory import (
     TUNING_SEED,
     Measured,
     all_runs,
+    concluded,
     cost_cells,
     markdown_table,
     mean,
     on_seeds,
     spread,
-    total_cost,
     train_policy,
     train_to,
     tune,
     two_processes,
-    verdict,
 )
 from unveil.claims.slots import SlotDenoiser, train_sums
 from unveil.denoisers.base import MaskedDenoiser
@@ -112,14 +111,10 @@ def reproduce(seeds: int, quick: bool, out: Path, report: Callable[[str], None])
         _ass_check("2b ASS against uniform, one choice settles the rest", shifts),
         _policy_check(by_method),
     ]
-    return {
-        "name": "cj_grpo",
-        "verdict": verdict(checks),
-        "learning_rates": best,
-        "checks": checks,
-        "cost": total_cost(all_runs(by_method), time.perf_counter() - started),
-        "table": _table(digits, shifts, embedded, by_method, settings),
-    }
+    return concluded(
+        "cj_grpo", checks, all_runs(by_method), started, _table(digits, shifts, embedded, by_method, settings),
+        learning_rates=best,
+    )  # fmt: skip
 
 
 # 1 and 2: decoders

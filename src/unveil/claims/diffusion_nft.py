@@ -36,11 +36,10 @@ from unveil.claims.laboratory import (
     Measured,
     Report,
     all_runs,
+    concluded,
     on_seeds,
-    total_cost,
     tune,
     two_processes,
-    verdict,
 )
 from unveil.processes.kernels import FlowSde
 from unveil.samplers.latent_solvers import DpmSolver2M
@@ -76,14 +75,9 @@ def reproduce(seeds: int, quick: bool, out: Path, report: Report) -> Measured:
         rates = {method: best.get(method, best["diffusion_nft"]) for method in methods}
         by_method = on_seeds(every, _learn, out, seeds, rates, updates)
     checks = [_exact_check(exact), *_checks(by_method)]
-    return {
-        "name": "diffusion_nft",
-        "verdict": verdict(checks),
-        "learning_rates": rates,
-        "checks": checks,
-        "cost": total_cost(all_runs(by_method), time.perf_counter() - started),
-        "table": table(by_method, rates),
-    }
+    return concluded(
+        "diffusion_nft", checks, all_runs(by_method), started, table(by_method, rates), learning_rates=rates
+    )
 
 
 def diffusion_nft(name: str = "diffusion_nft") -> Method:

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from unveil.claims.goodness import same_p_value, uniform_p_value
-from unveil.claims.laboratory import Measured, markdown_table, spread, total_cost, two_processes, verdict
+from unveil.claims.laboratory import Measured, concluded, markdown_table, spread, two_processes
 from unveil.claims.oracles import FIRST, JointTable, MarkovChain
 from unveil.denoisers.base import MaskedDenoiser
 from unveil.denoisers.tokenizer import TextTokenizer
@@ -88,13 +88,9 @@ def reproduce(seeds: int, quick: bool, out: Path, report: Callable[[str], None])
         *_exactness_checks(exact), _times_check(noise), *_precision_checks(noise, tried, coarse), _work_check(work),
         _second_order_check(chains),
     ]  # fmt: skip
-    return {
-        "name": "first_hitting_sampler",
-        "verdict": verdict(checks),
-        "checks": checks,
-        "cost": total_cost([*exact, *coarse, *chains, *work], time.perf_counter() - started),
-        "table": _table(exact, coarse, chains, work),
-    }
+    return concluded(
+        "first_hitting_sampler", checks, [*exact, *coarse, *chains, *work], started, _table(exact, coarse, chains, work)
+    )
 
 
 def _draw(

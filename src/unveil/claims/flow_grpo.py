@@ -49,13 +49,12 @@ from unveil.claims.laboratory import (
     Measured,
     Report,
     all_runs,
+    concluded,
     mean,
     on_seeds,
-    total_cost,
     train_policy,
     tune,
     two_processes,
-    verdict,
 )
 from unveil.denoisers.continuous import Condition, ContinuousDenoiser, ContinuousSpec
 from unveil.denoisers.load import load_denoiser
@@ -109,14 +108,7 @@ def reproduce(seeds: int, quick: bool, out: Path, report: Report) -> Measured:
         _exact_check(exact), _goal_check(by_method["flow_grpo"], updates), _window_check(by_method),
         _kl_check(by_method), _ddpo_check(by_method),
     ]  # fmt: skip
-    return {
-        "name": "flow_grpo",
-        "verdict": verdict(checks),
-        "learning_rates": best,
-        "checks": checks,
-        "cost": total_cost(all_runs(by_method), time.perf_counter() - started),
-        "table": table(by_method, best),
-    }
+    return concluded("flow_grpo", checks, all_runs(by_method), started, table(by_method, best), learning_rates=best)
 
 
 def _method(name: str) -> Method:

@@ -38,16 +38,15 @@ from unveil.claims.laboratory import (
     Measured,
     Report,
     all_runs,
+    concluded,
     cost_cells,
     markdown_table,
     mean,
     on_seeds,
     spread,
-    total_cost,
     train_policy,
     tune,
     two_processes,
-    verdict,
 )
 from unveil.denoisers.continuous import Condition, ContinuousDenoiser, ContinuousSpec
 from unveil.learning.advantages import GroupAdvantage
@@ -122,15 +121,10 @@ def reproduce(seeds: int, quick: bool, out: Path, report: Report) -> Measured:
     by_method = {m: by_strength[strength] if m == "fixed KL" else trained[m] for m in METHODS}
     checks = [_exact_check(exact), *_hacking_checks(by_method), _gate_check(by_method), _diversity_check(diverse)]
     betas = {m: {"no KL": 0.0, "fixed KL": strength}.get(m, best) for m in METHODS}
-    return {
-        "name": "gardo",
-        "verdict": verdict(checks),
-        "strengths": betas,
-        "fixed_kl": {str(beta): mean(runs, "true") for beta, runs in by_strength.items()},
-        "checks": checks,
-        "cost": total_cost(runs, time.perf_counter() - started),
-        "table": _table({**by_method, **diverse}, betas),
-    }
+    return concluded(
+        "gardo", checks, runs, started, _table({**by_method, **diverse}, betas),
+        strengths=betas, fixed_kl={str(beta): mean(runs, "true") for beta, runs in by_strength.items()},
+    )  # fmt: skip
 
 
 class Plane(ContinuousDenoiser):

@@ -37,17 +37,16 @@ from unveil.claims.laboratory import (
     Every,
     Measured,
     all_runs,
+    concluded,
     cost_cells,
     markdown_table,
     mean,
     on_seeds,
     spread,
-    total_cost,
     train_policy,
     train_to,
     tune,
     two_processes,
-    verdict,
 )
 from unveil.claims.slots import SlotDenoiser, train_sums
 from unveil.denoisers.load import load_masked
@@ -155,14 +154,10 @@ def reproduce(seeds: int, quick: bool, out: Path, report: Callable[[str], None])
         best, by_method = _policies(every, out, seeds, quick)
     measured, shorter = measured[:parts], measured[parts:]
     one, two = _variance_checks(measured), _policy_checks(by_method)
-    return {
-        "name": "gdpo",
-        "verdict": verdict([*one, *two]),
-        "learning_rates": best,
-        "checks": [*one, *two],
-        "cost": total_cost(all_runs(by_method), time.perf_counter() - started),
-        "table": _table(measured, shorter, by_method, best),
-    }
+    return concluded(
+        "gdpo", [*one, *two], all_runs(by_method), started, _table(measured, shorter, by_method, best),
+        learning_rates=best,
+    )  # fmt: skip
 
 
 def _network(out: Path, name: str) -> Measured:

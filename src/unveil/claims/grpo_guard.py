@@ -33,16 +33,15 @@ from unveil.claims.laboratory import (
     Measured,
     Report,
     all_runs,
+    concluded,
     cost_cells,
     markdown_table,
     mean,
     on_seeds,
     spread,
-    total_cost,
     train_policy,
     tune,
     two_processes,
-    verdict,
 )
 from unveil.denoisers.load import load_denoiser
 from unveil.learning.objectives import Clipped
@@ -98,14 +97,8 @@ def reproduce(seeds: int, quick: bool, out: Path, report: Report) -> Measured:
             best = tune(every, _policy, out, CLIPS, updates, _tuning_order)
         by_method = on_seeds(every, _policy, out, seeds, best, updates)
     checks = [_exact_check(exact), *_ratio_checks(ratios, seeds), *_learning_checks(by_method)]
-    return {
-        "name": "grpo_guard",
-        "verdict": verdict(checks),
-        "clips": best,
-        "checks": checks,
-        "cost": total_cost([*all_runs(by_method), *measured], time.perf_counter() - started),
-        "table": _table(by_method, best) + "\n\n" + _ratio_table(ratios, seeds),
-    }
+    both = _table(by_method, best) + "\n\n" + _ratio_table(ratios, seeds)
+    return concluded("grpo_guard", checks, [*all_runs(by_method), *measured], started, both, clips=best)
 
 
 def _method(name: str, noise: float, clip: float, inner: int) -> Method:

@@ -44,16 +44,15 @@ from unveil.claims.laboratory import (
     Measured,
     Report,
     all_runs,
+    concluded,
     markdown_table,
     mean,
     on_seeds,
     spread,
-    total_cost,
     train_policy,
     train_to,
     tune,
     two_processes,
-    verdict,
 )
 from unveil.claims.slots import SlotDenoiser
 from unveil.learning.estimators import PartialMask
@@ -138,14 +137,9 @@ def reproduce(seeds: int, quick: bool, out: Path, report: Report) -> dict[str, A
         _against(by_method, "igpo", "igpo full trace", 0.0, "3 partial hints against the full trace"),
         _leak_check(by_method),
     ]
-    return {
-        "name": "igpo",
-        "verdict": verdict(checks),
-        "learning_rates": best,
-        "checks": checks,
-        "cost": total_cost(all_runs(by_method), time.perf_counter() - started),
-        "table": _table(by_method, best, repairs),
-    }
+    return concluded(
+        "igpo", checks, all_runs(by_method), started, _table(by_method, best, repairs), learning_rates=best
+    )
 
 
 def _network(out: Path, seed: int) -> Measured:

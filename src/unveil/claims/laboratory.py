@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -228,6 +229,20 @@ def all_runs(by_method: Mapping[str, list[Measured]]) -> list[Measured]:
 def total_cost(runs: Sequence[Measured], seconds: float) -> Measured:
     """The cost of all runs together; ``seconds`` is the wall time of the whole check."""
     return {"seconds": seconds} | {key: sum(run.get(key, 0) for run in runs) for key in COSTS if key != "seconds"}
+
+
+def concluded(
+    name: str, checks: Sequence[Measured], runs: Sequence[Measured], started: float, table: str, **chosen: Any
+) -> Measured:
+    """What the ``reproduce`` of a check returns.
+
+    Args:
+        runs: that are charged; ``started``: the clock (`time.perf_counter`) when the first began.
+        chosen: what was tuned.
+    """
+    cost = total_cost(runs, time.perf_counter() - started)
+    own = {"name": name, "verdict": verdict(checks), **chosen}
+    return own | {"checks": list(checks), "cost": cost, "table": table}
 
 
 def cost_cells(results: Sequence[Measured]) -> list[str]:

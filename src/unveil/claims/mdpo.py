@@ -27,16 +27,15 @@ from unveil.claims.laboratory import (
     TUNING_SEED,
     Measured,
     all_runs,
+    concluded,
     cost_cells,
     markdown_table,
     mean,
     on_seeds,
     spread,
-    total_cost,
     train_policy,
     tune,
     two_processes,
-    verdict,
 )
 from unveil.claims.slots import SlotDenoiser, train_sums
 from unveil.learning.regularisers import Kl
@@ -95,14 +94,9 @@ def reproduce(seeds: int, quick: bool, out: Path, report: Callable[[str], None])
         _answer_check(answer),
         _over_denoising_check(by_method["mdpo"]),
     ]
-    return {
-        "name": "mdpo",
-        "verdict": verdict(checks),
-        "learning_rates": best,
-        "checks": checks,
-        "cost": total_cost(all_runs(by_method), time.perf_counter() - started),
-        "table": _table(by_method, settings, chain, answer),
-    }
+    return concluded(
+        "mdpo", checks, all_runs(by_method), started, _table(by_method, settings, chain, answer), learning_rates=best
+    )
 
 
 def _chain_network(out: Path, seed: int, length: int) -> Measured:

@@ -31,15 +31,14 @@ from unveil.claims.chase import ChaseDenoiser
 from unveil.claims.laboratory import (
     COSTS,
     Measured,
+    concluded,
     cost_cells,
     markdown_table,
     mean,
     spread,
-    total_cost,
     train_policy,
     train_to,
     two_processes,
-    verdict,
 )  # fmt: skip
 from unveil.denoisers.unmask import FILE
 from unveil.recipe import dump
@@ -95,14 +94,9 @@ def reproduce(seeds: int, quick: bool, out: Path, report: Callable[[str], None])
         _added_check(by_kind),
         _longer_check(by_kind["alpha 0.3"], rules),
     ]
-    return {
-        "name": "unmasking_policies",
-        "verdict": verdict(checks),
-        "learning_rate": LEARNING_RATE,
-        "checks": checks,
-        "cost": total_cost(trained, time.perf_counter() - started),
-        "table": _table(by_kind, rules),
-    }
+    return concluded(
+        "unmasking_policies", checks, trained, started, _table(by_kind, rules), learning_rate=LEARNING_RATE
+    )
 
 
 def _network(out: Path, seed: int) -> Measured:
