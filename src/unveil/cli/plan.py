@@ -82,12 +82,12 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     of_images = policy is not None and policy.task.medium == "image"
     found = _images(args, recipe, machine) if of_images else _text(args, recipe, machine)
     warnings = policy.warnings if policy is not None else []
-    _print(args, recipe, found, warnings)
-    limit = machine.memory * (1 - plan.SPARE)
+    _print(args, recipe, found, warnings, machine)
     answer = {
         "fits": found.fits, "weights": found.weights, "trained": found.trained, "shape": found.where,
         "memory_gb": {name: round(value / plan.GB, 3) for name, value in found.memory.items()},
-        "limit_gb": round(limit, 3), "seconds": found.seconds, "seconds_per_update": sum(found.seconds.values()),
+        "limit_gb": round(machine.room / plan.GB, 3), "seconds": found.seconds,
+        "seconds_per_update": sum(found.seconds.values()),
         "updates": recipe.updates, "change": found.change, "warnings": warnings,
     }  # fmt: skip
     if found.counts is not None:
@@ -98,8 +98,8 @@ def run(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     return (0 if found.fits else 1), answer
 
 
-def _print(args: argparse.Namespace, recipe: Any, found: Estimate, warnings: list[str]) -> None:
-    from unveil.training.plan import GB, SPARE
+def _print(args: argparse.Namespace, recipe: Any, found: Estimate, warnings: list[str], machine: Machine) -> None:
+    from unveil.training.plan import GB
 
     people = console(args)
     people.print(f"{found.weights / 1e9:.2f}e9 weights, {found.trained / 1e9:.3f}e9 of them trained ({found.where})")
@@ -126,8 +126,8 @@ def _print(args: argparse.Namespace, recipe: Any, found: Estimate, warnings: lis
         f"{duration(found.total)} (at {args.utilisation:.0%} of {args.peak:g}e12 operations a second; rewards and "
         "communication not counted)"
     )
-    limit = args.memory * (1 - SPARE)
-    people.print(f"{'fits' if found.fits else 'does not fit'}: {found.memory['peak'] / GB:.1f} GB of {limit:.1f} GB")
+    said, peak = "fits" if found.fits else "does not fit", found.memory["peak"] / GB
+    people.print(f"{said}: {peak:.1f} GB of {machine.room / GB:.1f} GB")
     for line in found.change:
         people.print(f"change: {line}")
     for line in warnings:

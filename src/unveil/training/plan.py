@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from unveil.denoisers.shapes import Shape
 from unveil.learning.estimators import MaskedAnswer
@@ -39,6 +39,11 @@ class Machine:
     """Dense bf16 operations of one device in 1e12 a second; float32 is taken for a fifteenth of it."""
     utilisation: float = 0.35
     """Share of the peak that is reached."""
+
+    @property
+    def room(self) -> float:
+        """Bytes of one device that a run may fill."""
+        return self.memory * GB * (1 - SPARE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,37 +247,40 @@ def seconds(done: float, work: Computed, machine: Machine) -> float:
     return done / speed
 
 
-Change = tuple[str, Callable[[Work], Work]]
+Sized = TypeVar("Sized")
+Change = tuple[str, Callable[[Sized], Sized]]
+
+
+def changed(
+    work: Sized, changes: Sequence[Change[Sized]], peak: Callable[[Sized], float], room: float
+) -> tuple[Sized, list[str]]:
+    """The work after those of the changes that lower its peak, one after the other until it fits, and their names."""
+    names: list[str] = []
+    for name, change in changes:
+        if peak(work) <= room:
+            break
+        after = change(work)
+        if peak(after) < peak(work):
+            work = after
+            names.append(name)
+    return work, names
 
 
 def fits(shape: Shape, work: Work, machine: Machine) -> bool:
-    return memory(shape, work)["peak"] <= machine.memory * GB * (1 - SPARE)
+    return memory(shape, work)["peak"] <= machine.room
 
 
 def advice(shape: Shape, work: Work, machine: Machine) -> list[str]:
     """Changes of the recipe, one after the other, until it fits; the last line says so if nothing here does."""
-    changes: list[Change] = []
+    changes: list[Change[Work]] = []
     if machine.gpus > 1 and work.shards == 1:
         changes.append(("distributed.shard=full", lambda w: replace(w, shards=machine.gpus)))
     if not work.checkpointed:
         changes.append(("model.gradient_checkpointing=true", lambda w: replace(w, checkpointed=True)))
     if work.precision == 4:
         changes.append(("optim.precision=bf16", lambda w: replace(w, precision=2)))
-    found: list[str] = []
-
-    def attempt(named: Sequence[Change]) -> bool:
-        nonlocal work
-        for name, change in named:
-            before, work = work, change(work)
-            if memory(shape, work)["peak"] < memory(shape, before)["peak"]:
-                found.append(name)
-            else:
-                work = before
-            if fits(shape, work, machine):
-                return True
-        return False
-
-    if fits(shape, work, machine) or attempt(changes):
+    work, found = changed(work, changes, lambda one: memory(shape, one)["peak"], machine.room)
+    if fits(shape, work, machine):
         return found
     while work.microbatch > 1 or work.batch > 1:
         work = replace(work, microbatch=max(1, work.microbatch // 2), batch=max(work.batch // 2, min(1, work.batch)))

@@ -7,7 +7,6 @@ number of images. What is held on the processor between rollout and gradient ste
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +23,7 @@ from unveil.denoisers.shells import encoded
 from unveil.registry import UserError
 from unveil.tasks.pixels import DECODED
 from unveil.training.lora import Adapter
-from unveil.training.plan import FIXED, GB, SPARE, Machine
+from unveil.training.plan import FIXED, Change, Machine, changed
 from unveil.training.rehearsal import Update
 from unveil.training.runs import TrainRecipe
 
@@ -200,30 +199,20 @@ def operations(shape: ImageShape, work: ImageWork) -> dict[str, float]:
     }
 
 
-Change = tuple[str, Callable[[ImageWork], ImageWork]]
-
-
 def fits(shape: ImageShape, work: ImageWork, machine: Machine) -> bool:
-    return memory(shape, work)["peak"] <= machine.memory * GB * (1 - SPARE)
+    return memory(shape, work)["peak"] <= machine.room
 
 
 def advice(shape: ImageShape, work: ImageWork, machine: Machine) -> list[str]:
     """Changes of the recipe, one after the other, until it fits; the last line says so if nothing here does."""
-    found: list[str] = []
-    changes: list[Change] = []
+    changes: list[Change[ImageWork]] = []
     if shape.block and not work.checkpointed:
         changes.append(("model.gradient_checkpointing=true", lambda w: replace(w, checkpointed=True)))
     if work.precision == 4:
         changes.append(("optim.precision=bf16", lambda w: replace(w, precision=2)))
     if shape.adapter and work.weights == 4:
         changes.append(("model.dtype=bf16", lambda w: replace(w, weights=2, precision=2)))
-    for name, change in changes:
-        if fits(shape, work, machine):
-            return found
-        changed = change(work)
-        if memory(shape, changed)["peak"] < memory(shape, work)["peak"]:
-            work = changed
-            found.append(name)
+    work, found = changed(work, changes, lambda one: memory(shape, one)["peak"], machine.room)
     while not fits(shape, work, machine):
         if work.microbatch == work.batch == 1:
             lora = [] if shape.adapter else ["model.lora={rank: 32, alpha: 64}"]
