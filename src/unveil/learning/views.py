@@ -164,8 +164,8 @@ class Likelihood(Plugin, family="likelihood"):
         raise NotImplementedError
 
     def rewarded(self, views: Any, asked: Asked) -> Any:
-        """The views, knowing the reward of their chains, for likelihoods that read it."""
-        return views
+        """The views, knowing the reward of their chains; asked of likelihoods that differentiate it."""
+        raise NotImplementedError
 
     def recorded(self, views: Any, trajectory: Any) -> Tensor | None:
         """(N, C) log-probabilities by the policy that drew the chains, where they were recorded; None: score them."""

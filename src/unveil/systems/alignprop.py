@@ -111,21 +111,19 @@ class RewardViews(Views):
 
     Attributes:
         trajectory: the chains.
-        share: (N,) factor of each image's reward in every sum: copies of one image count as one.
         place: (N,) or (N, S) which part of the chain is run again, as its likelihood has it.
         seeds: (N,) of noise that is not the chain's own.
         asked: by row of the trajectory.
     """
 
     trajectory: LatentTrajectory
-    share: Tensor
     place: Tensor
     seeds: Tensor
     asked: Asked | None = None
 
     @property
     def factors(self) -> Tensor:
-        return self.share[:, None]
+        return self.length[:, None]  # copies of one image count as one
 
 
 class RewardLikelihood(FinishedLikelihood):
@@ -165,7 +163,6 @@ class RewardLikelihood(FinishedLikelihood):
             steps=trajectory.last_steps[rows],
             length=torch.full((len(rows),), 1 / copies),
             trajectory=trajectory,
-            share=torch.full((len(rows),), 1 / copies),
             place=torch.cat(drawn),
             seeds=torch.tensor(noise),
         )

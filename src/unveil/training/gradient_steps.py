@@ -14,7 +14,7 @@ from unveil.learning.objectives import sum_by, told_by, unit_of
 from unveil.learning.views import Asked, Inner, Scores, Views
 from unveil.training.distribution import Ranks
 from unveil.training.policy_config import PolicyConfig
-from unveil.training.rewarding import about
+from unveil.training.rewarding import asked_about
 from unveil.training.rollouts import Rollouts
 from unveil.training.trainer import Trainer
 
@@ -126,7 +126,9 @@ class GradientSteps:
         """
         policy, trajectory, likelihood = self.policy, rollouts.trajectory, self.policy.likelihood
         views = likelihood.views(trajectory, chosen, rollouts.seeds, self.denoiser.spec, inner)
-        views = likelihood.rewarded(views, self._asked(rollouts))
+        if likelihood.differentiates:
+            prompts, metadata = asked_about(rollouts.problems, rollouts.judged)
+            views = likelihood.rewarded(views, Asked(reward=self.reward, prompts=prompts, metadata=metadata))
         parts = self.parts(views)
         pieces = [views.slice(*part) for part in parts]
         old = None
@@ -157,17 +159,6 @@ class GradientSteps:
             units=self._units(views, parts, advantage, policy_weight, old),
             kl_weight=kl_weight,
             old=old,
-        )
-
-    def _asked(self, rollouts: Rollouts) -> Asked:
-        problems, verdicts = rollouts.problems, rollouts.judged.verdicts
-        return Asked(
-            reward=self.reward,
-            prompts=[problem.prompt for problem in problems],
-            metadata=[
-                about(problem, verdict.correct, verdict.score, verdict.metrics)
-                for problem, verdict in zip(problems, verdicts, strict=True)
-            ],
         )
 
     def compare(self, batches: list[Batch]) -> None:

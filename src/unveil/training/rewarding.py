@@ -113,10 +113,14 @@ def held_out_rewards(reward: Reward, problems: Sequence[Problem], judged: Judged
 
 def ask_held_out(reward: Reward, problems: Sequence[Problem], judged: Judged) -> Answer:
     """What a reward, and all parts of a sum, say of each finished held-out sample."""
-    pairs = list(zip(problems, judged.verdicts, strict=True))
+    return reward.ask(list(judged.samples), *asked_about(problems, judged), evaluating=True)
+
+
+def asked_about(problems: Sequence[Problem], judged: Judged) -> tuple[list[str], list[Metadata]]:
+    """The prompts of finished samples, and what a reward is told of each besides itself."""
+    pairs = zip(problems, judged.verdicts, strict=True)
     metadata = [about(problem, verdict.correct, verdict.score, verdict.metrics) for problem, verdict in pairs]
-    prompts = [problem.prompt for problem in problems]
-    return reward.ask(list(judged.samples), prompts, metadata, evaluating=True)
+    return [problem.prompt for problem in problems], metadata
 
 
 def about(problem: Problem, correct: bool, score: float, metrics: Mapping[str, float]) -> Metadata:
